@@ -1,0 +1,285 @@
+"""The `relseek` command: run a study, see what is stale, read its tables, bring in files, compare, open the UI.
+
+Here belong arguments and printing; what a command does belongs in `planning.py`, `exchange.py` and the stages.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from relseek_assets.behaviour import BehaviourError
+from relseek_assets.study import Study, StudyError, load_study, study_names
+from relseek_resources.models.loading import ModelError
+from relseek_resources.storage import StorageError
+
+if TYPE_CHECKING:
+    from relseek_assets.planning import Task, Workspace
+
+
+def _explained(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn the project's own errors into one readable line and exit status 1."""
+
+    @wraps(function)
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        from relseek_assets.exchange import ExchangeError
+        from relseek_assets.planning import PlanError
+
+        try:
+            return function(*arguments, **options)
+        except (StudyError, BehaviourError, StorageError, ModelError, PlanError, ExchangeError) as error:
+            raise click.ClickException(str(error)) from error
+
+    return wrapped
+
+
+def _workspace(study: Study | str) -> Workspace:
+    from dagster import DagsterInstance
+
+    from relseek_assets.planning import Workspace
+    from relseek_assets.stage import dagster_home
+
+    os.environ["DAGSTER_HOME"] = str(dagster_home())
+    return Workspace(load_study(study) if isinstance(study, str) else study, DagsterInstance.get())
+
+
+class _Group(click.Group):
+    """Keeps commands in the order in which a user meets them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def main() -> None:
+    """Measure what a model's disposition does: train, steer, judge and select, as Dagster assets.
+
+    \b
+    A study is one TOML file. The usual round:
+      relseek studies                     what there is
+      relseek run quickstart --dry-run    what a run would compute, and how long it would take
+      relseek run quickstart              compute what is missing or stale
+      relseek report quickstart           one HTML page with figures and numbers
+      relseek table quickstart selection  any table, as CSV, JSON or parquet
+      relseek ui                          everything in the Dagster UI, http://localhost:3000
+    """
+
+
+@main.command()
+@_explained
+def studies() -> None:
+    """List the studies that ship with relseek, and the size of their grids."""
+    for name in study_names():
+        study = load_study(name)
+        epochs = sum(len(model.layers) * len(model.epochs_evaluated) for model in study.models)
+        click.echo(f"{name:24} {study.kind:6} {study.behaviour:22} {len(study.sites)} sites x {len(study.doses.generated)} doses, {epochs} vectors evaluated")
+        click.echo(f"{'':24} {study.title}\n{'':24} {study.path}")
+
+
+@main.command()
+@click.argument("study")
+@click.option("--select", "-s", multiple=True, metavar="ASSET", help="Only this asset and what it needs; may be repeated. Default: everything.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@_explained
+def run(study: str, select: tuple[str, ...], dry_run: bool) -> None:
+    """Compute what is missing or stale in STUDY, and nothing that is fresh.
+
+    STUDY is a name that `relseek studies` lists or the path of a .toml file. A killed run loses only what was in flight: run it again.
+    """
+    workspace = _workspace(study)
+    changed = workspace.observe()
+    if changed:
+        click.echo(f"new versions of: {', '.join(changed)}")
+    tasks = workspace.plan(select)
+    if not tasks:
+        click.echo(f"{workspace.study.name}: everything is fresh, nothing to compute")
+        return
+    _print_plan(tasks)
+    if dry_run:
+        return
+    computed = workspace.run(select, click.echo)
+    click.echo(f"{workspace.study.name}: {computed} partition{'' if computed == 1 else 's'} computed")
+
+
+def _print_plan(tasks: list[Task]) -> None:
+    click.echo(f"{'asset':24} {'partitions':>10} {'rows':>9} {'seconds':>9} {'MB':>7} {'USD':>6}  why")
+    for task in tasks:
+        why = ", ".join(f"{reason} ({count})" if len(task.reasons) > 1 else reason for reason, count in task.reasons.items())
+        rows = f"{task.rows:9.0f}" if task.rows else f"{'?':>9}"
+        size = f"{task.bytes / 1e6:7.1f}" if task.bytes else f"{'?':>7}"
+        click.echo(f"{task.asset.name:24} {len(task.partitions):10d} {rows} {'' if task.measured else '~'}{task.seconds:{9 if task.measured else 8}.1f} {size} {0.0:6.2f}  {why}")
+    total = sum(task.seconds for task in tasks)
+    click.echo(f"about {total / 60:.1f} minutes, 0.00 USD (seconds from earlier runs here; ~ marks a stated estimate for two cores; ? is not known yet)")
+
+
+@main.command()
+@click.argument("study")
+@click.option("--partitions", "-p", is_flag=True, help="List every partition and not only counts.")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@_explained
+def status(study: str, partitions: bool, form: str) -> None:
+    """Say what is missing, stale, fresh or imported in STUDY, by asset and partition."""
+    workspace = _workspace(study)
+    workspace.observe()
+    states = workspace.states()
+    if form == "json":
+        rows = [{"asset": name, "partition": partition, "status": state.status, "reason": state.reason, "version": state.version} for (name, partition), state in states.items()]
+        click.echo(json.dumps(rows, indent=1))
+        return
+    click.echo(f"{'asset':24} {'missing':>8} {'stale':>8} {'fresh':>8} {'imported':>9}  first reason")
+    for name in workspace.order():
+        mine = {partition: state for (asset, partition), state in states.items() if asset == name}
+        counts = {status: sum(state.status == status for state in mine.values()) for status in ("missing", "stale", "fresh", "imported")}
+        reason = next((state.reason for state in mine.values() if state.reason), "")
+        click.echo(f"{name:24} {counts['missing']:8d} {counts['stale']:8d} {counts['fresh']:8d} {counts['imported']:9d}  {reason}")
+        if partitions:
+            for partition, state in mine.items():
+                click.echo(f"    {partition or 'all':32} {state.status:9} {state.reason}")
+
+
+@main.command()
+@click.argument("study")
+@click.argument("asset")
+@click.option("--partition", "-p", "wanted", multiple=True, metavar="KEY", help="Only this partition, e.g. 'smollm2-135m:L12|e02@0_5'; may be repeated.")
+@click.option("--format", "form", type=click.Choice(["csv", "json", "parquet"]), default="csv", show_default=True)
+@click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Write here instead of printing; parquet needs it.")
+@_explained
+def table(study: str, asset: str, wanted: tuple[str, ...], form: str, output: Path | None) -> None:
+    """Print a table asset, all of its partitions by default."""
+    from relseek_assets.exchange import export, read_asset
+
+    frame = read_asset(_workspace(study), asset, wanted)
+    if form == "parquet" and output is None:
+        raise click.UsageError("parquet is binary; name a file with -o")
+    content = export(frame, form)
+    if output is None:
+        click.echo(content, nl=False)
+    else:
+        from relseek_resources.storage import replace_atomically
+
+        replace_atomically(output, lambda temporary: temporary.write_bytes(content) and None)
+        click.echo(f"{len(frame)} rows in {output}")
+
+
+@main.command()
+@click.argument("study")
+@click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Copy the page here too.")
+@_explained
+def report(study: str, output: Path | None) -> None:
+    """Bring STUDY's report up to date and say where it is: one self-contained HTML page."""
+    workspace = _workspace(study)
+    workspace.observe()
+    tasks = workspace.plan(["report"])
+    if tasks:
+        _print_plan(tasks)
+        workspace.run(["report"], click.echo)
+    path = workspace.path("report", None)
+    if output is not None:
+        from relseek_resources.storage import write_text
+
+        write_text(output, path.read_text(encoding="utf-8"))
+        path = output
+    click.echo(f"report: {path}")
+
+
+@main.command()
+@click.argument("study_a")
+@click.argument("study_b")
+@click.option("--store-b", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Read STUDY_B from the Dagster home in this folder.")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@_explained
+def diff(study_a: str, study_b: str, store_b: Path | None, form: str) -> None:
+    """Say what differs between two studies, or between one study in two stores: settings, versions, estimates with intervals."""
+    from relseek_assets.exchange import difference, difference_text
+
+    found = difference(_workspace(study_a), _workspace_in(study_b, store_b))
+    click.echo(json.dumps(found, indent=1) if form == "json" else difference_text(found))
+
+
+def _workspace_in(study: str, home: Path | None) -> Workspace:
+    if home is None:
+        return _workspace(study)
+    from dagster import DagsterInstance
+
+    from relseek_assets.planning import Workspace
+    from relseek_assets.stage import Store
+
+    if not (home / "dagster.yaml").is_file():
+        raise StorageError(f"{home}: no dagster.yaml there; --store-b wants a Dagster home")
+    return Workspace(load_study(study), DagsterInstance.from_config(str(home.resolve())), store=Store(root=str(home.resolve() / "store")))
+
+
+@main.group(name="import", cls=_Group)
+def import_() -> None:
+    """Bring in a vector, generations or scores made elsewhere; they become partitions with their provenance and flow on.
+
+    An imported partition is never overwritten by a run; `relseek run` computes what follows from it.
+    """
+
+
+@import_.command(name="vector")
+@click.argument("study")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--site", required=True, help="Model and layer, e.g. smollm2-135m:L12.")
+@click.option("--epoch", required=True, type=int, help="The epoch whose place it takes.")
+@click.option("--note", default="", help="Where it comes from, for the record.")
+@_explained
+def import_vector(study: str, file: Path, site: str, epoch: int, note: str) -> None:
+    """FILE is a safetensors file with one float vector as wide as the model's residual stream."""
+    from relseek_assets.exchange import import_vector as bring
+
+    click.echo(bring(_workspace(study), file, site, epoch, note))
+
+
+@import_.command(name="generations")
+@click.argument("study")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--note", default="", help="Where they come from, for the record.")
+@_explained
+def import_generations(study: str, file: Path, note: str) -> None:
+    """FILE is JSON Lines with site, epoch, multiplier, item and reply; `prompt` (messages) where the item is not one of the study's."""
+    from relseek_assets.exchange import import_generations as bring
+
+    click.echo(bring(_workspace(study), file, note))
+
+
+@import_.command(name="scores")
+@click.argument("study")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--note", default="", help="Where they come from, for the record.")
+@_explained
+def import_scores(study: str, file: Path, note: str) -> None:
+    """FILE is a CSV with the columns site, epoch, multiplier, item, rubric, judge, score; status and cost_usd if there are any."""
+    from relseek_assets.exchange import import_scores as bring
+
+    click.echo(bring(_workspace(study), file, note))
+
+
+@main.command()
+@click.argument("names", nargs=-1, metavar="[STUDY]...")
+@click.option("--port", default=3000, show_default=True)
+@click.option("--host", default="127.0.0.1", show_default=True)
+@_explained
+def ui(names: tuple[str, ...], port: int, host: str) -> None:
+    """Open the Dagster UI, its daemon running, on the studies that ship with relseek and on any STUDY named besides (a .toml path)."""
+    from relseek_assets.exchange import write_locations
+    from relseek_assets.stage import dagster_home
+
+    home = dagster_home()
+    locations = write_locations(home, [*study_names(), *names])
+    click.echo(f"starting http://{host}:{port} (ready in about 15 s; Ctrl-C ends it)")
+    environment = {**os.environ, "DAGSTER_HOME": str(home)}
+    command = [sys.executable, "-m", "dagster", "dev", "-w", str(locations), "-p", str(port), "-h", host]
+    raise SystemExit(subprocess.call(command, env=environment))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Assembles the code locations, one a study; nothing else happens here.
+
+`from relseek_assets.definitions import quickstart` builds the location of `studies/quickstart.toml`; a new study is a new file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dagster as dg
+
+from relseek_assets import sources
+from relseek_assets.dataset import assets as dataset
+from relseek_assets.dataset import checks as dataset_checks
+from relseek_assets.judging import assets as judging
+from relseek_assets.judging import checks as judging_checks
+from relseek_assets.reports import assets as reports
+from relseek_assets.selection import assets as selection
+from relseek_assets.selection import checks as selection_checks
+from relseek_assets.stage import Stage, StageAsset, Store
+from relseek_assets.study import Study, load_study, study_names
+from relseek_assets.sweeps import assets as sweeps
+from relseek_assets.vectors import assets as vectors
+from relseek_resources.compute import ModelLoader
+
+STAGES = (dataset, vectors, sweeps, judging, selection, reports)
+CHECKS = (dataset_checks, judging_checks, selection_checks)
+
+
+def build_stage(study: Study) -> Stage:
+    """The assets of a study, without Dagster's code location around them."""
+    stage = Stage(study)
+    for module in STAGES:
+        module.build(stage)
+    return stage
+
+
+def build_definitions(study: Study, **overrides: Any) -> dg.Definitions:
+    """One code location from one study; `overrides` replace the resources `store` and `models`."""
+    stage = build_stage(study)
+    return dg.Definitions(
+        assets=[*(asset.definition for asset in stage.catalogue.values()), *sources.specs(study)],
+        asset_checks=[check for module in CHECKS for check in module.build(stage)],
+        sensors=[sources.changed_files(study)],
+        resources={"store": Store(), "models": ModelLoader(), **overrides},
+        executor=dg.in_process_executor,
+    )
+
+
+def catalogue(study: Study) -> dict[str, StageAsset]:
+    return build_stage(study).catalogue
+
+
+def __getattr__(name: str) -> dg.Definitions:
+    if name in study_names():
+        return build_definitions(load_study(name))
+    raise AttributeError(f"module {__name__} has no study {name!r}; there is {', '.join(study_names())}")

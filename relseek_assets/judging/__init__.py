@@ -1,0 +1,1 @@
+"""Stage 2: what judges make of the replies."""

@@ -1,0 +1,237 @@
+"""The judges as assets: what they were fitted on, how good they are, and what they say of the replies."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+
+import dagster as dg
+import numpy as np
+import pandas as pd
+from scipy.special import expit
+
+from relseek_assets import figures
+from relseek_assets.behaviour import FILES, read_graded_replies, read_rubric
+from relseek_assets.dataset.pairs import training_pairs
+from relseek_assets.judging import tables
+from relseek_assets.stage import VECTORS, Stage, Work, plot
+from relseek_resources.judges import coherence, embedded
+from relseek_resources.release import Absent, Release, ScoredReply
+
+GROUP = "judging"
+COHERENCE_TEXTS = 24
+
+
+def load_judge(work: Work) -> embedded.EmbeddedJudge:
+    arrays, header = work.read_tensors("embedded_judge")
+    return embedded.EmbeddedJudge.from_arrays(arrays, json.loads(header["vocabulary"]))
+
+
+def distinct(pairs: pd.DataFrame, split: str) -> pd.DataFrame:
+    """Pairs of one split, each reply pair once: histories repeat the same replies."""
+    return pairs[pairs["split"] == split].drop_duplicates(["chosen", "rejected"])
+
+
+def build(stage: Stage) -> None:
+    study, partitions = stage.study, stage.partitions
+    folder = study.behaviour_folder
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="The embedded judge: a regression on sentence embeddings and word counts, fitted on the training pairs and calibrated to 1-10 "
+        "on the graded replies. It is no language model.",
+        deps={"preference_pairs": None, "few_shots": None},
+        form=VECTORS,
+        kinds=("scikitlearn",),
+        seconds=20,
+    )
+    def embedded_judge(work: Work) -> Iterator[dg.AssetMaterialization]:
+        pairs = distinct(work.read_table("preference_pairs"), "train")
+        graded = read_graded_replies(folder / FILES["few_shots"])
+        with work.progress(2 * len(pairs) + len(graded), "text", "embedding") as report:
+            fit = embedded.fit(
+                list(pairs["chosen"]), list(pairs["rejected"]), list(pairs["conversation"]), [row.reply for row in graded], [row.score for row in graded], report
+            )
+        header = {
+            "judge": embedded.NAME,
+            "vocabulary": json.dumps(fit.judge.features.vocabulary),
+            "pair_accuracy": repr(fit.pair_accuracy),
+            "log_loss": repr(fit.log_loss),
+            "penalty": repr(fit.penalty),
+            "pairs": str(len(pairs)),
+        }
+        arrays = {**fit.judge.arrays(), "cross_validated": fit.projections}
+        yield work.tensors(None, arrays, header, {"pair_accuracy": fit.pair_accuracy, "log_loss": fit.log_loss, "pairs": len(pairs), "words": len(fit.judge.features.vocabulary)})
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="The embedded coherence score: perplexity under the unsteered model and repetition, calibrated on intact, shuffled and looped text.",
+        deps={"preference_pairs": None, "base_models": None},
+        settings=[study.seed, study.sampling.max_new_tokens, study.prompts.system, study.models[0].source],
+        form=VECTORS,
+        kinds=("pytorch", "scikitlearn"),
+        pool="gpu",
+        seconds=25,
+    )
+    def coherence_judge(work: Work) -> Iterator[dg.AssetMaterialization]:
+        pairs = training_pairs(work.read_table("preference_pairs"), study.seed)
+        chosen = pairs[pairs["turn"] == 1].head(COHERENCE_TEXTS)
+        sides = ["chosen" if number % 2 else "rejected" for number in range(len(chosen))]
+        model = work.resources.models.load(study.models[0], work.log)
+        texts = [model.cut(row[side], study.sampling.max_new_tokens) for side, (_, row) in zip(sides, chosen.iterrows(), strict=True)]
+        damaged = coherence.damage(texts, study.seed)
+        system = {"role": "system", "content": study.prompts.system}
+        prompts = [model.prompt_tokens([system, *prompt]) for prompt in chosen["prompt"]]
+        with work.progress(len(damaged), "text", "coherence calibration") as report:
+            scores = model.score_tokens(
+                [prompts[item.source] for item in damaged], [model.reply_tokens(item.text, end=False) for item in damaged], on_batch=report
+            )
+        perplexities = np.exp([-score.mean for score in scores])
+        judge = coherence.fit(damaged, perplexities)
+        given = judge.scores([item.text for item in damaged], perplexities)
+        frame = pd.DataFrame({"kind": [item.kind for item in damaged], "truth": [1 + 9 * item.coherence for item in damaged], "given": given})
+        summary = frame.groupby(["kind", "truth"])["given"].agg(mean="mean", sd="std", n="count").reset_index()
+        header = {"judge": coherence.NAME, "model": study.models[0].source, "calibration": summary.to_json(orient="records")}
+        yield work.tensors(None, judge.arrays(), header, {"texts": len(damaged), **{f"mean_{row.kind}": row.mean for row in summary.itertuples()}})
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="Scores that the coherence judge gives to the texts that it was calibrated on.",
+        deps={"coherence_judge": None},
+        schema=tables.COHERENCE_CALIBRATION,
+    )
+    def coherence_calibration(work: Work) -> Iterator[dg.AssetMaterialization]:
+        yield work.table(None, pd.DataFrame(json.loads(work.read_tensors("coherence_judge")[1]["calibration"])))
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="Observed against predicted share of target replies, cross-validated with whole conversations held out.",
+        deps={"embedded_judge": None},
+        schema=tables.JUDGE_CALIBRATION,
+    )
+    def judge_calibration(work: Work) -> Iterator[dg.AssetMaterialization]:
+        projections = work.read_tensors("embedded_judge")[0]["cross_validated"]
+        labels = np.repeat([1.0, 0.0], len(projections) // 2)
+        frame = tables.calibration_curve(expit(projections.astype(float)), labels)
+        yield work.table(None, frame, {"plot": plot(figures.judge_calibration(frame))})
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="How good the embedded judge is: pair accuracy and AUC on held-out conversations, agreement with the graded replies, and rank "
+        "correlation with published judges where the release is there, beside the same judge fitted on the published test pairs.",
+        deps={"embedded_judge": None, "preference_pairs": None, "few_shots": None, "published_judgements": None},
+        schema=tables.JUDGE_QUALITY,
+        seconds=15,
+    )
+    def judge_quality(work: Work) -> Iterator[dg.AssetMaterialization]:
+        judge = load_judge(work)
+        heldout = distinct(work.read_table("preference_pairs"), "heldout")
+        target, antitarget = judge.projections(list(heldout["chosen"])), judge.projections(list(heldout["rejected"]))
+        mine = f"{embedded.NAME} on training pairs"
+        low, high = bootstrap_auc(target, antitarget, list(heldout["conversation"]), study.seed)
+        rows = [
+            tables.proportion(mine, "pair_accuracy", "held-out pairs", target > antitarget),
+            tables.quality(mine, "auc", "held-out replies", tables.auc(target, antitarget), low, high, 2 * len(heldout)),
+        ]
+        graded = read_graded_replies(folder / FILES["few_shots"])
+        judged = judge.scores([row.reply for row in graded])
+        rho = tables.rank_correlation(judged, [row.score for row in graded])
+        rows.append(tables.quality(mine, "spearman", "graded replies (calibration set)", *rho, len(graded)))
+        release = Release.from_environment()
+        published = {"GPT-4.1-mini, re-scored steered replies": release.rescored_generations, "GPT-4o, prompted replies of experiment 1": release.prompted_generations}
+        judges = {mine: judge}
+        try:
+            replies = release.test_replies()
+            conversations, chosen, rejected = (list(column) for column in zip(*replies, strict=True))
+            judges[f"{embedded.NAME} on published test pairs (never saved)"] = embedded.fit(chosen, rejected, conversations).judge
+        except Absent as absent:
+            work.log.info(str(absent))
+        for against, read in published.items():
+            scored: list[ScoredReply] | None = None
+            status = ""
+            try:
+                scored = read()
+            except Absent as absent:
+                status = str(absent)
+            for name, candidate in judges.items():
+                if scored is None:
+                    rows.append(tables.quality(name, "spearman", against, None, None, None, 0, status))
+                else:
+                    rho = tables.rank_correlation(candidate.scores([row.text for row in scored]), [row.score for row in scored])
+                    rows.append(tables.quality(name, "spearman", against, *rho, len(scored)))
+        drawn = pd.DataFrame({"author": [row.score for row in graded], "judged": judged})
+        yield work.table(None, tables.quality_table(rows), {"plot": plot(figures.graded_replies(drawn))})
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="Score of every reply on the disposition and on coherence, with the rubric's band.",
+        partitions=partitions.site_by_dose,
+        deps={
+            "generations": dg.IdentityPartitionMapping(),
+            "generation_metrics": dg.IdentityPartitionMapping(),
+            "embedded_judge": None,
+            "coherence_judge": None,
+            "rating_rubric": None,
+            "coherence_rubric": None,
+        },
+        settings=[study.judge.name],
+        schema=tables.JUDGE_SCORES,
+        kinds=("scikitlearn",),
+        seconds=0.5,
+    )
+    def judge_scores(work: Work) -> Iterator[dg.AssetMaterialization]:
+        judge = load_judge(work)
+        fluency = coherence.CoherenceJudge.from_arrays(work.read_tensors("coherence_judge")[0])
+        rating, sense = read_rubric(folder / FILES["rating_rubric"]), read_rubric(folder / FILES["coherence_rubric"])
+        with work.progress(len(work.partitions), "partition", "judging") as report:
+            for partition in work.partitions:
+                replies = work.read_table("generations", partition)
+                metrics = work.read_table("generation_metrics", partition).set_index("item").loc[replies["item"]]
+                texts = list(replies["reply"])
+                perplexities = metrics["perplexity"].fillna(math.inf).to_numpy()
+                frame = pd.concat(
+                    [
+                        tables.score_rows(replies, rating, embedded.NAME, judge.scores(texts)),
+                        tables.score_rows(replies, sense, coherence.NAME, fluency.scores(texts, perplexities)),
+                    ]
+                )
+                means = frame.groupby("rubric")["score"].mean().to_dict()
+                yield work.table(partition, frame, {**means, "unscored": int(frame["score"].isna().sum()), "cost_usd": 0.0})
+                report()
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="Every pair of doses of every item: which reply shows more of the disposition. The embedded judge compares its own unrounded scores.",
+        partitions=partitions.site_by_evaluated_epoch,
+        deps={"judge_scores": partitions.of_my_doses(), "pairwise_definition": None},
+        settings=[study.paired_doses],
+        schema=tables.JUDGE_PAIRS,
+    )
+    def judge_pairs(work: Work) -> Iterator[dg.AssetMaterialization]:
+        rubric = read_rubric(folder / FILES["rating_rubric"]).name
+        for partition in work.partitions:
+            scores = pd.concat([work.read_table("judge_scores", key) for key in work.upstream("judge_scores", partition)])
+            frame = tables.pair_rows(scores[scores["rubric"] == rubric], study.paired_doses)
+            yield work.table(partition, frame, {"ties": int((frame["status"] == "tie").sum())})
+
+
+def bootstrap_auc(target: np.ndarray, antitarget: np.ndarray, conversations: list[str], seed: int, draws: int = 1000) -> tuple[float, float]:
+    """95% interval of the AUC, resampling whole conversations."""
+    owners = np.array(conversations)
+    places = {name: np.flatnonzero(owners == name) for name in dict.fromkeys(conversations)}
+    names = list(places)
+    generator = np.random.Generator(np.random.PCG64(seed))
+    found = []
+    for _ in range(draws):
+        rows = np.concatenate([places[names[place]] for place in generator.integers(len(names), size=len(names))])
+        found.append(tables.auc(target[rows], antitarget[rows]))
+    low, high = np.percentile(found, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,181 @@
+"""Data versions: which bytes each partition came from, and what is missing, stale or fresh.
+
+Here belong reading and writing of Dagster's version tags and the judgement of staleness, one partition at a time. One Dagster run
+computes one data version for all its partitions, so partitions record their own (docs/decisions.md). What to run because of
+it belongs in `planning.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import dagster as dg
+from dagster._core.definitions.data_version import (
+    CODE_VERSION_TAG,
+    DATA_VERSION_IS_USER_PROVIDED_TAG,
+    DATA_VERSION_TAG,
+    NULL_DATA_VERSION,
+    CachingStaleStatusResolver,
+    StaleStatus,
+    extract_data_version_from_entry,
+    get_input_data_version_tag,
+    get_input_event_pointer_tag,
+)
+from dagster._core.definitions.partitions.context import partition_loading_context
+from dagster._core.definitions.partitions.utils import MultiPartitionKey, get_tags_from_multi_partition_key
+from dagster._core.definitions.source_asset import SYSTEM_METADATA_KEY_SOURCE_ASSET_OBSERVATION
+from dagster._core.loader import LoadingContext
+
+from relseek_resources.storage import content_version
+
+SOURCE_TAG = "relseek/source"  # `imported` on partitions that came from a file instead of a run
+NO_EVENT = "NULL"
+
+#: Metadata that keeps Dagster from adding an event of its own to an output: ours, with its own version, is there already.
+ALREADY_RECORDED = {SYSTEM_METADATA_KEY_SOURCE_ASSET_OBSERVATION: True}
+
+
+class Loading(LoadingContext):
+    """What Dagster's resolver wants of its surroundings: the instance and a cache that lives as long as one question."""
+
+    def __init__(self, instance: dg.DagsterInstance) -> None:
+        self._instance = instance
+        self._loaders: dict[Any, Any] = {}
+
+    @property
+    def instance(self) -> dg.DagsterInstance:
+        return self._instance
+
+    @property
+    def loaders(self) -> dict[Any, Any]:
+        return self._loaders
+
+
+@dataclass(frozen=True)
+class State:
+    """Whether one partition is `missing`, `stale`, `fresh` or `imported`, and why it is stale."""
+
+    status: str
+    reason: str = ""
+    version: str | None = None
+
+
+class Lineage:
+    """Versions and staleness of a graph's partitions in one instance, as they are at the moment of the first question."""
+
+    def __init__(self, instance: dg.DagsterInstance, graph: Any) -> None:
+        self.instance = instance
+        self.graph = graph
+
+    @cached_property
+    def _resolver(self) -> CachingStaleStatusResolver:
+        return CachingStaleStatusResolver(self.instance, self.graph, Loading(self.instance))
+
+    def parents(self, key: dg.AssetKey, partition: str | None) -> list[tuple[dg.AssetKey, str | None]]:
+        """Every upstream partition that this one reads."""
+        found: list[tuple[dg.AssetKey, str | None]] = []
+        with partition_loading_context(dynamic_partitions_store=self.instance):
+            for parent in sorted(self.graph.get(key).parent_keys):
+                if not self.graph.get(parent).is_partitioned:
+                    found.append((parent, None))
+                    continue
+                subset = self.graph.get_parent_partition_keys_for_child(partition, parent, key).partitions_subset
+                found += [(parent, upstream) for upstream in sorted(subset.get_partition_keys())]
+        return found
+
+    def record(self, key: dg.AssetKey, partition: str | None) -> Any:
+        return self.instance.get_latest_data_version_record(key, self.graph.get(key).is_external, partition)
+
+    def version(self, key: dg.AssetKey, partition: str | None) -> str | None:
+        """The data version of a partition, or None where it was never materialised or observed."""
+        record = self.record(key, partition)
+        found = None if record is None else extract_data_version_from_entry(record.event_log_entry)
+        return None if found is None else found.value
+
+    def state(self, key: dg.AssetKey, partition: str | None) -> State:
+        """Dagster's own verdict on one partition, one hop upstream, with the first reason in words."""
+        status = self._resolver.get_status(key, partition)
+        if status == StaleStatus.MISSING or self._resolver.get_current_data_version(key, partition) == NULL_DATA_VERSION:
+            return State("missing")
+        record = self.record(key, partition)
+        event = record.event_log_entry.asset_materialization
+        version = self.version(key, partition)
+        if event is not None and (event.tags or {}).get(SOURCE_TAG) == "imported":
+            return State("imported", version=version)
+        if status == StaleStatus.FRESH:
+            return State("fresh", version=version)
+        cause = self._resolver.get_stale_causes(key, partition)[0]
+        what = "" if cause.dependency is None else f" ({'/'.join(cause.dependency.asset_key.path[1:])})"
+        return State("stale", cause.reason + what, version)
+
+    def input_tags(self, key: dg.AssetKey, partition: str | None) -> dict[str, str]:
+        """The version tags of everything that a partition reads, as they are now: call it before reading.
+
+        Where several upstream partitions feed one, their versions are hashed together and the newest event is the pointer, which
+        is what Dagster compares later events with.
+        """
+        read: dict[dg.AssetKey, list[tuple[str, int]]] = {}
+        for parent, upstream in self.parents(key, partition):
+            record = self.record(parent, upstream)
+            version = None if record is None else extract_data_version_from_entry(record.event_log_entry)
+            read.setdefault(parent, []).append((version.value if version else "", record.storage_id if record else 0))
+        tags = {}
+        for parent, found in read.items():
+            versions = [version for version, _ in found]
+            newest = max(pointer for _, pointer in found)
+            joined = versions[0] if len(versions) == 1 else content_version(versions)
+            tags[get_input_data_version_tag(parent)] = joined or NULL_DATA_VERSION.value
+            tags[get_input_event_pointer_tag(parent)] = str(newest) if newest else NO_EVENT
+        return tags
+
+    def input_versions(self, key: dg.AssetKey, partition: str | None) -> dict[str, str]:
+        """Input name -> version of a partition's latest materialisation, for reports."""
+        record = self.record(key, partition)
+        event = None if record is None else record.event_log_entry.asset_materialization
+        tags = (event.tags or {}) if event else {}
+        prefix = "dagster/input_data_version/"
+        return {tag.removeprefix(prefix).partition("/")[2]: value for tag, value in tags.items() if tag.startswith(prefix)}
+
+    def materialisation(
+        self,
+        key: dg.AssetKey,
+        partition: str | None,
+        version: str,
+        inputs: Mapping[str, str],
+        metadata: Mapping[str, Any],
+        source: str | None = None,
+    ) -> dg.AssetMaterialization:
+        """The event that says: this partition now holds `version`, made by this code from these inputs."""
+        dimensions = get_tags_from_multi_partition_key(partition) if isinstance(partition, MultiPartitionKey) else {}
+        tags = {
+            **inputs,
+            **dimensions,
+            CODE_VERSION_TAG: self.graph.get(key).code_version or "",
+            DATA_VERSION_TAG: version,
+            DATA_VERSION_IS_USER_PROVIDED_TAG: "true",
+            **({SOURCE_TAG: source} if source else {}),
+        }
+        return dg.AssetMaterialization(key, partition=partition, metadata=dict(metadata), tags=tags)
+
+
+def observation(key: dg.AssetKey, version: str, metadata: Mapping[str, Any]) -> dg.AssetObservation:
+    """The event that gives an external file its data version; only observations make its readers stale."""
+    tags = {DATA_VERSION_TAG: version, DATA_VERSION_IS_USER_PROVIDED_TAG: "true"}
+    return dg.AssetObservation(key, metadata=dict(metadata), tags=tags)
+
+
+def fan_ins_beyond(graph: Any, instance: dg.DagsterInstance, limit: int) -> Iterable[tuple[str, str | None, int]]:
+    """Partitions that read more than `limit` partitions of one asset: Dagster would call them fresh without looking."""
+    lineage = Lineage(instance, graph)
+    for key in graph.materializable_asset_keys:
+        definition = graph.get(key).partitions_def
+        for partition in definition.get_partition_keys() if definition else [None]:
+            counts: dict[dg.AssetKey, int] = {}
+            for parent, _ in lineage.parents(key, partition):
+                counts[parent] = counts.get(parent, 0) + 1
+            for parent, count in counts.items():
+                if count > limit:
+                    yield f"{key.to_user_string()} <- {parent.to_user_string()}", partition, count

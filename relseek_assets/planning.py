@@ -1,0 +1,251 @@
+"""What a run of a study will compute, and computing it: missing and stale partitions of a selection and upstream of it, nothing fresh.
+
+Here belong the plan, its estimate and its execution in this process. How staleness is judged belongs in `lineage.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from dagster._core.storage.tags import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
+
+from relseek_assets import sources
+from relseek_assets.definitions import build_definitions, build_stage
+from relseek_assets.lineage import Lineage, State
+from relseek_assets.partitions import step_order
+from relseek_assets.stage import StageAsset, Store, multi, partition_order
+from relseek_assets.study import Study
+
+Node = tuple[str, str | None]
+
+
+class PlanError(ValueError):
+    """A selection that cannot be planned, or a run that failed; the message names the asset."""
+
+
+@dataclass
+class Task:
+    """One asset of a plan: the partitions to compute and why, and how many more wait for an upstream result."""
+
+    asset: StageAsset
+    partitions: list[str | None] = field(default_factory=list)
+    reasons: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    bytes: float = 0.0
+    rows: float = 0.0
+    measured: bool = False
+
+    def add(self, partition: str | None, reason: str) -> None:
+        self.partitions.append(partition)
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+
+
+class Workspace:
+    """One study in one instance: its graph, its states, its plan and its runs."""
+
+    def __init__(self, study: Study, instance: dg.DagsterInstance, **overrides: Any) -> None:
+        self.study = study
+        self.instance = instance
+        self.stage = build_stage(study)
+        self.catalogue = self.stage.catalogue
+        self.store: Store = overrides.get("store") or Store()
+        self.definitions = build_definitions(study, **overrides)
+
+    @cached_property
+    def repository(self) -> dg.RepositoryDefinition:
+        return self.definitions.get_repository_def()
+
+    @property
+    def graph(self) -> Any:
+        return self.repository.asset_graph
+
+    def lineage(self) -> Lineage:
+        return Lineage(self.instance, self.graph)
+
+    def asset(self, name: str) -> StageAsset:
+        """An asset by name, without the study's prefix.
+
+        Raises:
+            PlanError: with the closest name.
+        """
+        name = name.removeprefix(f"{self.study.name}/")
+        if name not in self.catalogue:
+            close = difflib.get_close_matches(name, self.catalogue, 1)
+            raise PlanError(f"study {self.study.name} has no asset {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"there is {', '.join(self.catalogue)}"))
+        return self.catalogue[name]
+
+    def partitions(self, name: str) -> list[str | None]:
+        """The partitions of an asset that the study asks for, in the order of site, epoch and dose."""
+        definition = self.graph.get(self.stage.key(name)).partitions_def
+        keys: Sequence[str | None] = definition.get_partition_keys() if definition else [None]
+        return sorted((multi(key) for key in keys if self.stage.partitions.exists(key)), key=partition_order)
+
+    def order(self) -> list[str]:
+        """Asset names, upstream first."""
+        return [key.path[-1] for level in self.graph.toposorted_asset_keys_by_level for key in level if key.path[-1] in self.catalogue]
+
+    def state(self, lineage: Lineage, node: Node) -> State:
+        """A partition's state; one whose file is gone is missing whatever the event log says."""
+        name, partition = node
+        found = lineage.state(self.stage.key(name), partition)
+        if found.status != "missing" and not self.path(name, partition).is_file():
+            return State("missing", "its file is gone from the store")
+        return found
+
+    def path(self, name: str, partition: str | None) -> Path:
+        return self.store.path(self.stage.key(name), partition, self.catalogue[name].form)
+
+    def states(self, names: Sequence[str] | None = None) -> dict[Node, State]:
+        """The state of every partition of the named assets and of all upstream of them.
+
+        A partition that is fresh by itself but reads one that is missing or stale is stale because of it. Upstream of an
+        imported partition nothing is asked for.
+        """
+        lineage = self.lineage()
+        found: dict[Node, State] = {}
+
+        def visit(node: Node) -> State:
+            if node not in found:
+                state = self.state(lineage, node)
+                if state.status != "imported":
+                    parents = [
+                        (key.path[-1], multi(partition))
+                        for key, partition in lineage.parents(self.stage.key(node[0]), node[1])
+                        if key.path[-1] in self.catalogue and self.stage.partitions.exists(partition)
+                    ]
+                    waiting = [parent[0] for parent in parents if visit(parent).status in ("missing", "stale")]
+                    if state.status == "fresh" and waiting:
+                        state = State("stale", f"waits for {waiting[0]}", state.version)
+                found[node] = state
+            return found[node]
+
+        for name in names or self.order():
+            for partition in self.partitions(name):
+                visit((name, partition))
+        return found
+
+    # --- plan ---------------------------------------------------------------------------------------------------------
+
+    def plan(self, select: Sequence[str] = ()) -> list[Task]:
+        """What a run of the selection (default: everything) would compute, upstream first.
+
+        Partitions that wait for a stale one are counted: they are computed only if its result comes out different.
+        """
+        for name in select:
+            self.asset(name)
+        states = self.states([self.asset(name).name for name in select] or None)
+        tasks: dict[str, Task] = {}
+        for name in self.order():
+            for (asset, partition), state in sorted(states.items(), key=lambda found: partition_order(found[0][1])):
+                if asset == name and state.status in ("missing", "stale"):
+                    tasks.setdefault(name, Task(self.catalogue[name])).add(partition, state.reason or state.status)
+        for task in tasks.values():
+            self._estimate(task)
+        return list(tasks.values())
+
+    def _estimate(self, task: Task) -> None:
+        records = self.instance.fetch_materializations(self.stage.key(task.asset.name), limit=50).records
+        events = [record.asset_materialization for record in records if record.asset_materialization]
+        figures = {
+            name: [float(event.metadata[key].value) for event in events if key in event.metadata]  # type: ignore[arg-type]
+            for name, key in (("seconds", "seconds"), ("bytes", "bytes"), ("rows", "dagster/row_count"))
+        }
+        count = len(task.partitions)
+        task.measured = bool(figures["seconds"])
+        task.seconds = count * (sum(figures["seconds"]) / len(figures["seconds"]) if task.measured else task.asset.seconds)
+        for name in ("bytes", "rows"):
+            if figures[name]:
+                setattr(task, name, count * sum(figures[name]) / len(figures[name]))
+
+    # --- execution ----------------------------------------------------------------------------------------------------
+
+    def run(self, select: Sequence[str] = (), say: Callable[[str], None] = lambda line: None) -> int:
+        """Compute what is missing or stale in the selection and upstream of it; return the number of partitions computed.
+
+        Raises:
+            PlanError: a step failed; what was finished before it is kept, and a second call goes on from there.
+        """
+        planned = self.plan(select)
+        done = 0
+        for number, task in enumerate(planned, 1):
+            name = task.asset.name
+            lineage = self.lineage()
+            wanted = [partition for partition in task.partitions if self.state(lineage, (name, partition)).status in ("missing", "stale")]
+            if not wanted:
+                say(f"[{number}/{len(planned)}] {name}: unchanged after all")
+                continue
+            say(f"[{number}/{len(planned)}] {name}: {_count(len(wanted), 'partition')} ...")
+            start = time.monotonic()
+            for box in self._boxes(name, wanted):
+                self._execute(name, box)
+            say(f"[{number}/{len(planned)}] {name}: done in {time.monotonic() - start:.1f} s")
+            done += len(wanted)
+        return done
+
+    def _boxes(self, name: str, wanted: Sequence[str | None]) -> Iterator[list[str | None]]:
+        """`wanted` as ranges that Dagster can run: neighbouring sites that want the same neighbouring steps."""
+        if wanted == [None]:
+            yield [None]
+            return
+        steps: dict[str, list[str]] = {}
+        for partition in wanted:
+            site, _, step = str(partition).partition("|")
+            steps.setdefault(site, []).append(step)
+        definition = self.graph.get(self.stage.key(name)).partitions_def
+        all_sites = list(self.study.sites)
+        all_steps: list[str] = sorted({str(key).partition("|")[2] for key in definition.get_partition_keys()}, key=step_order)
+        for sites in _neighbours(list(steps), all_sites, lambda one, two: steps[one] == steps[two]):
+            for part in _neighbours(sorted(steps[sites[0]], key=step_order), all_steps):
+                yield [multi(f"{site}|{step}" if step else site) for site in sites for step in part]
+
+    def _execute(self, name: str, box: Sequence[str | None]) -> None:
+        key = self.stage.key(name)
+        tags = {}
+        if box[0] is not None:
+            tags = {ASSET_PARTITION_RANGE_START_TAG: str(box[0]), ASSET_PARTITION_RANGE_END_TAG: str(box[-1])}
+        checks = [check for check in self.graph.asset_check_keys if check.asset_key in (key, *self._checked_sources(key))]
+        job = self.definitions.resolve_implicit_global_asset_job_def().get_subset(asset_selection={key}, asset_check_selection=set(checks))
+        result = job.execute_in_process(
+            instance=self.instance,
+            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+            tags={**tags, "relseek/command": "run"},
+            raise_on_error=False,
+        )
+        if not result.success:
+            failures = [event for event in result.all_events if event.is_step_failure]
+            error = failures[0].step_failure_data.error if failures else None
+            while error is not None and error.cause is not None:
+                error = error.cause
+            message = error.message.strip() if error else "see the run in the UI"
+            raise PlanError(f"{name} failed: {message}\n(run {result.run_id}; `relseek run` again goes on from here)")
+
+    def _checked_sources(self, key: dg.AssetKey) -> list[dg.AssetKey]:
+        return [parent for parent in self.graph.get(key).parent_keys if self.graph.get(parent).is_external and key.path[-1] == "preference_pairs"]
+
+    def observe(self) -> list[str]:
+        """Look at the study's sources and record what changed."""
+        return sources.observe(self.study, self.instance)
+
+
+def _neighbours(values: Sequence[str], order: Sequence[str], alike: Callable[[str, str], bool] = lambda one, two: True) -> Iterator[list[str]]:
+    """Runs of values that stand next to each other in `order` and are alike."""
+    place = {value: index for index, value in enumerate(order)}
+    part: list[str] = []
+    for value in sorted(values, key=lambda found: place.get(found, 0)):
+        if part and (place.get(value, 0) != place.get(part[-1], 0) + 1 or not alike(part[-1], value)):
+            yield part
+            part = []
+        part.append(value)
+    if part:
+        yield part
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,54 @@
+"""The report as an asset, stale when any number on it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import dagster as dg
+import pandas as pd
+
+from relseek_assets.behaviour import FILES, read_toml
+from relseek_assets.reports import page
+from relseek_assets.stage import PAGE, Stage, Work
+
+GROUP = "reports"
+PARTITIONED = ("dose_response", "training_metrics", "sweep_summary")
+WHOLE = ("vector_summary", "selection", "selection_sensitivity", "judge_quality", "judge_calibration", "conversation_lengths")
+
+
+def build(stage: Stage) -> None:
+    study = stage.study
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="One self-contained HTML page: figures with their lineage, numbers with their n, replies side by side.",
+        deps={
+            **dict.fromkeys((*PARTITIONED, "generations", "judge_scores"), dg.AllPartitionMapping()),
+            **dict.fromkeys((*WHOLE, "behaviour_definition")),
+        },
+        settings=[study.title],
+        form=PAGE,
+    )
+    def report(work: Work) -> Iterator[dg.AssetMaterialization]:
+        definition = read_toml(study.behaviour_folder / FILES["behaviour_definition"])
+        tables: dict[str, pd.DataFrame] = {}
+        versions: dict[str, list[tuple[str, str]]] = {}
+        for name in (*PARTITIONED, "generations", "judge_scores", *WHOLE):
+            keys = work.upstream(name, None)
+            tables[name] = pd.concat([work.read_table(name, key) for key in keys], ignore_index=True)
+            versions[name] = [("" if key is None else str(key), work.version(name, key) or "") for key in keys]
+        facts = page.Facts(
+            study={
+                "name": study.name,
+                "title": study.title,
+                "seed": study.seed,
+                "sites": len(study.sites),
+                "doses": len(study.doses.generated),
+                "items": tables["generations"]["item"].nunique(),
+            },
+            behaviour=definition,
+            tables=tables,
+            versions=versions,
+        )
+        yield work.page(None, page.render(facts))

@@ -1,0 +1,93 @@
+"""Dose-response and selection as assets, gathered by stages: doses to an epoch, epochs to a site, sites to the study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import dagster as dg
+import pandas as pd
+
+from relseek_assets import figures
+from relseek_assets.selection import metrics
+from relseek_assets.stage import Stage, Work, plot
+
+GROUP = "selection"
+
+
+def build(stage: Stage) -> None:
+    study, partitions = stage.study, stage.partitions
+    bootstrap = [study.judge.bootstrap, study.seed]
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="Mean judge score by dose, with bootstrap intervals over prompts.",
+        partitions=partitions.site_by_evaluated_epoch,
+        deps={"judge_scores": partitions.of_my_doses()},
+        settings=bootstrap,
+        schema=metrics.DOSE_RESPONSE,
+    )
+    def dose_response(work: Work) -> Iterator[dg.AssetMaterialization]:
+        for partition in work.partitions:
+            scores = pd.concat([work.read_table("judge_scores", key) for key in work.upstream("judge_scores", partition)])
+            frame = metrics.dose_response(scores, study.judge.bootstrap, study.seed)
+            plots = {f"plot_{rubric}": plot(figures.dose_response(frame, rubric)) for rubric in sorted(frame["rubric"].unique())}
+            yield work.table(partition, frame, plots)
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="What selection needs of a candidate vector: coherence, rating and pairs won, by item and dose.",
+        partitions=partitions.site_by_evaluated_epoch,
+        deps={"judge_scores": partitions.of_my_doses(), "judge_pairs": dg.IdentityPartitionMapping()},
+        settings=[study.selection_doses],
+        schema=metrics.CANDIDATE_ITEMS,
+    )
+    def candidate_items(work: Work) -> Iterator[dg.AssetMaterialization]:
+        for partition in work.partitions:
+            scores = pd.concat([work.read_table("judge_scores", key) for key in work.upstream("judge_scores", partition)])
+            rating = next(rubric for rubric in scores["rubric"].unique() if rubric != "coherence")
+            pairs = work.read_table("judge_pairs", partition)
+            yield work.table(partition, metrics.candidate_items(scores, pairs, study.selection_doses, rating))
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="The candidates of a site, every evaluated epoch.",
+        partitions=partitions.site,
+        deps={"candidate_items": partitions.of_my_site()},
+        schema=metrics.CANDIDATE_ITEMS,
+    )
+    def site_candidates(work: Work) -> Iterator[dg.AssetMaterialization]:
+        for site in work.partitions:
+            yield work.table(site, pd.concat([work.read_table("candidate_items", key) for key in work.upstream("candidate_items", site)]))
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="Coherence AUC, rating and pairwise slope of every candidate, their combination, the Pareto set and the one selected.",
+        deps={"site_candidates": dg.AllPartitionMapping()},
+        settings=bootstrap,
+        schema=metrics.SELECTION,
+    )
+    def selection(work: Work) -> Iterator[dg.AssetMaterialization]:
+        frame = metrics.selection(metrics.candidates_of(study_items(work), study.judge.bootstrap, study.seed))
+        chosen = frame[frame["selected"]]
+        name = f"{chosen['site'].iloc[0]} epoch {chosen['epoch'].iloc[0]}" if len(chosen) else "none"
+        yield work.table(None, frame, {"selected": name, "plot": plot(figures.pareto(frame))})
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="Who would be selected at other weights on coherence, and how surely.",
+        deps={"site_candidates": dg.AllPartitionMapping()},
+        settings=bootstrap,
+        schema=metrics.SELECTION_SENSITIVITY,
+    )
+    def selection_sensitivity(work: Work) -> Iterator[dg.AssetMaterialization]:
+        frame = metrics.sensitivity(metrics.candidates_of(study_items(work), study.judge.bootstrap, study.seed))
+        yield work.table(None, frame, {"plot": plot(figures.weight_sensitivity(frame))})
+
+
+def study_items(work: Work) -> pd.DataFrame:
+    return pd.concat([work.read_table("site_candidates", site) for site in work.upstream("site_candidates", None)])

@@ -1,0 +1,289 @@
+"""Dose-response, coherence AUC, slopes and the choice among candidates (spec/pipeline.md, section 4.4), with bootstrap intervals.
+
+A candidate is one vector: a site at an epoch. Prompts (items) are resampled, the same draw for all candidates, so that
+differences between candidates keep what they share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from relseek_resources.storage import Column, TableSchema, keyed_seed
+
+SITE = Column("site", "string", "model and layer")
+EPOCH = Column("epoch", "integer", "epoch of the vector", low=1)
+DOSE = Column("multiplier", "number", "dose λ")
+WEIGHTS = tuple(round(0.1 * step, 1) for step in range(11))
+
+DOSE_RESPONSE = TableSchema(
+    "dose_response",
+    (
+        SITE,
+        EPOCH,
+        DOSE,
+        Column("rubric", "string", "what was rated"),
+        Column("judge", "string", "who rated"),
+        Column("estimate", "number", "mean score over items, 1 to 10"),
+        Column("lower", "number", "95% interval"),
+        Column("upper", "number", "95% interval"),
+        Column("se", "number", "bootstrap standard error", low=0),
+        Column("n", "integer", "scored items", low=1),
+        Column("unscored", "integer", "replies without a score", low=0),
+        Column("method", "string", "how the interval was made"),
+    ),
+    key=("site", "epoch", "multiplier", "rubric", "judge"),
+)
+
+CANDIDATE_ITEMS = TableSchema(
+    "candidate_items",
+    (
+        SITE,
+        EPOCH,
+        DOSE,
+        Column("item", "string", "held-out conversation"),
+        Column("coherence", "number", "1 to 10", nullable=True),
+        Column("rating", "number", "disposition, 1 to 10", nullable=True),
+        Column("wins", "number", "pairs won within the selection doses, a tie counting half", nullable=True, low=0),
+        Column("matches", "number", "pairs judged or tied within the selection doses", nullable=True, low=0),
+    ),
+    key=("site", "epoch", "multiplier", "item"),
+)
+
+SELECTION = TableSchema(
+    "selection",
+    (
+        SITE,
+        EPOCH,
+        *(
+            Column(f"{metric}{end}", "number", f"{meaning}{what}", unit, nullable=True)
+            for metric, meaning, unit in (
+                ("coherence_auc", "area under mean coherence by dose", "score × λ"),
+                ("rating_slope", "least-squares slope of mean rating by dose", "score per λ"),
+                ("pairwise_slope", "least-squares slope of win rate by dose", "share per λ"),
+            )
+            for end, what in (("", ""), ("_lower", ", 95% lower"), ("_upper", ", 95% upper"))
+        ),
+        Column("score", "number", "mean of the z-scores of coherence AUC and pairwise slope", nullable=True),
+        Column("rating_score", "number", "the same with the rating slope", nullable=True),
+        Column("pareto", "boolean", "no other candidate is at least as good on both and better on one", nullable=True),
+        Column("selected", "boolean", "highest score, or highest rating_score where there are no pairs"),
+        Column("selected_share", "number", "share of bootstrap draws in which it is selected", low=0, high=1),
+        Column("candidates", "integer", "over how many candidates the z-scores were taken", low=1),
+        Column("n", "integer", "items", low=1),
+        Column("reason", "string", "why a score is null; empty otherwise"),
+    ),
+    key=("site", "epoch"),
+)
+
+SELECTION_SENSITIVITY = TableSchema(
+    "selection_sensitivity",
+    (
+        Column("weight", "number", "on coherence AUC; the rest is on the slope", low=0, high=1),
+        SITE,
+        EPOCH,
+        Column("score", "number", "weighted sum of z-scores", nullable=True),
+        Column("best", "boolean", "highest at this weight"),
+        Column("share", "number", "share of bootstrap draws in which it is the highest", low=0, high=1),
+    ),
+    key=("weight", "site", "epoch"),
+)
+
+
+def resamples(items: Sequence[str], draws: int, seed: int) -> np.ndarray:
+    """Bootstrap counts, shape (draws, items): how often each item is drawn. Depends on the seed and the items alone."""
+    generator = np.random.Generator(np.random.PCG64(keyed_seed(seed, "bootstrap", *items)))
+    return generator.multinomial(len(items), np.full(len(items), 1 / len(items)), size=draws).astype(float)
+
+
+def weighted_means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Means over items of values (items, columns) under counts (draws, items), NaN cells left out: (draws, columns)."""
+    there = ~np.isnan(values)
+    total = counts @ np.where(there, values, 0.0)
+    weight = counts @ there
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return total / weight
+
+
+def dose_response(scores: pd.DataFrame, draws: int, seed: int) -> pd.DataFrame:
+    """Mean score by dose, rubric and judge, with percentile bootstrap intervals over items."""
+    found = []
+    for (site, epoch, rubric, judge), part in scores.groupby(["site", "epoch", "rubric", "judge"]):
+        grid = part.pivot_table(index="item", columns="multiplier", values="score", dropna=False).sort_index()
+        values = grid.to_numpy(float)
+        counts = resamples(list(grid.index), draws, seed)
+        boot = weighted_means(values, counts)
+        for column, multiplier in enumerate(grid.columns):
+            scored = values[~np.isnan(values[:, column]), column]
+            if len(scored):
+                low, high = np.nanpercentile(boot[:, column], [2.5, 97.5])
+                found.append(
+                    {
+                        "site": site,
+                        "epoch": epoch,
+                        "multiplier": multiplier,
+                        "rubric": rubric,
+                        "judge": judge,
+                        "estimate": scored.mean(),
+                        "lower": low,
+                        "upper": high,
+                        "se": float(np.nanstd(boot[:, column], ddof=1)),
+                        "n": len(scored),
+                        "unscored": len(values) - len(scored),
+                        "method": f"percentile bootstrap over items, {draws} draws",
+                    }
+                )
+    return pd.DataFrame(found, columns=list(DOSE_RESPONSE.names))
+
+
+def candidate_items(scores: pd.DataFrame, pairs: pd.DataFrame | None, doses: Sequence[float], rating: str) -> pd.DataFrame:
+    """One row an item and selection dose: its coherence, its rating, and its pairs won within the selection doses."""
+    inside = scores[scores["multiplier"].isin(doses)]
+    keys = ["site", "epoch", "multiplier", "item"]
+    wide = inside.pivot_table(index=keys, columns="rubric", values="score", dropna=False).reset_index()
+    frame = wide.rename(columns={rating: "rating"})
+    for name in ("coherence", "rating"):
+        if name not in frame:
+            frame[name] = np.nan
+    frame["wins"] = np.nan
+    frame["matches"] = np.nan
+    if pairs is not None and len(pairs):
+        met = pairs[pairs["multiplier_a"].isin(doses) & pairs["multiplier_b"].isin(doses) & (pairs["status"] != "unscored")]
+        for_a = met.assign(multiplier=met["multiplier_a"], win=np.where(met["status"] == "tie", 0.5, met["winner"] == "a"))
+        for_b = met.assign(multiplier=met["multiplier_b"], win=np.where(met["status"] == "tie", 0.5, met["winner"] == "b"))
+        tally = pd.concat([for_a, for_b]).groupby(keys)["win"].agg(wins="sum", matches="count").astype(float).reset_index()
+        frame = frame.drop(columns=["wins", "matches"]).merge(tally, on=keys, how="left")
+    return frame[list(CANDIDATE_ITEMS.names)]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One vector's figures: the estimates, and each bootstrap draw's. `draws[metric]` has shape (draws,)."""
+
+    site: str
+    epoch: int
+    estimates: dict[str, float]
+    draws: dict[str, np.ndarray]
+    n: int
+
+
+METRICS = ("coherence_auc", "rating_slope", "pairwise_slope")
+
+
+def slope(means: np.ndarray, doses: np.ndarray) -> np.ndarray:
+    """Least-squares slope of means (..., doses) on the doses."""
+    centred = doses - doses.mean()
+    return means @ centred / (centred @ centred)
+
+
+def candidate(part: pd.DataFrame, items: Sequence[str], counts: np.ndarray) -> Candidate:
+    """Estimates and bootstrap draws of one vector from its `candidate_items`."""
+    doses = np.sort(part["multiplier"].unique())
+    grids = {
+        name: part.pivot_table(index="item", columns="multiplier", values=name, dropna=False).reindex(index=items, columns=doses).to_numpy(float)
+        for name in ("coherence", "rating", "wins", "matches")
+    }
+    estimates, draws = {}, {}
+    for found, weights in ((estimates, np.ones((1, len(items)))), (draws, counts)):
+        with np.errstate(invalid="ignore", divide="ignore"):
+            win_rates = (weights @ np.nan_to_num(grids["wins"])) / (weights @ np.nan_to_num(grids["matches"]))
+        found["coherence_auc"] = np.trapezoid(weighted_means(grids["coherence"], weights), doses, axis=1)
+        found["rating_slope"] = slope(weighted_means(grids["rating"], weights), doses)
+        found["pairwise_slope"] = slope(win_rates, doses)
+    single = {name: float(values[0]) for name, values in estimates.items()}
+    return Candidate(str(part["site"].iloc[0]), int(part["epoch"].iloc[0]), single, draws, part["item"].nunique())
+
+
+def z_scores(values: np.ndarray) -> np.ndarray:
+    """z-scores over candidates (first axis) with the population sd; NaN where all candidates are equal."""
+    sd = values.std(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(sd > 0, (values - values.mean(axis=0)) / sd, np.nan)
+
+
+def combined(candidates: Sequence[Candidate], slope_name: str, weight: float, *, of_draws: bool = False) -> np.ndarray:
+    """weight z(coherence AUC) + (1 - weight) z(slope), shape (candidates,) or (candidates, draws)."""
+    auc, steer = (
+        np.array([found.draws[name] if of_draws else found.estimates[name] for found in candidates]) for name in ("coherence_auc", slope_name)
+    )
+    return weight * z_scores(auc) + (1 - weight) * z_scores(steer)
+
+
+def pareto_set(points: np.ndarray) -> np.ndarray:
+    """Which of the points (candidates, 2) no other weakly dominates: at least as large on both, larger on one."""
+    at_least = (points[None, :, :] >= points[:, None, :]).all(-1)
+    larger = (points[None, :, :] > points[:, None, :]).any(-1)
+    return ~(at_least & larger).any(1)
+
+
+def winners(scores: np.ndarray) -> np.ndarray:
+    """Share of draws (second axis) that each candidate wins; a draw without finite scores counts for nobody."""
+    usable = scores[:, np.isfinite(scores).all(0)]
+    if usable.shape[1] == 0:
+        return np.zeros(len(scores))
+    return np.bincount(usable.argmax(0), minlength=len(scores)) / scores.shape[1]
+
+
+def candidates_of(items: pd.DataFrame, draws: int, seed: int) -> list[Candidate]:
+    """Every candidate of a study, on the same bootstrap draws."""
+    names = sorted(items["item"].unique())
+    counts = resamples(names, draws, seed)
+    return [candidate(part, names, counts) for _, part in items.groupby(["site", "epoch"])]
+
+
+def selection(candidates: Sequence[Candidate]) -> pd.DataFrame:
+    """The candidates with their figures, scores, Pareto set and the one selected."""
+    paired = all(np.isfinite(found.estimates["pairwise_slope"]) for found in candidates)
+    steer = "pairwise_slope" if paired else "rating_slope"
+    rating_scores = combined(candidates, "rating_slope", 0.5)
+    scores = combined(candidates, "pairwise_slope", 0.5) if paired else np.full(len(candidates), np.nan)
+    front = pareto_set(np.array([[found.estimates["coherence_auc"], found.estimates[steer]] for found in candidates]))
+    deciding = scores if paired else rating_scores
+    best = 0 if len(candidates) == 1 else int(np.nanargmax(deciding)) if np.isfinite(deciding).any() else -1
+    shares = np.ones(1) if len(candidates) == 1 else winners(combined(candidates, steer, 0.5, of_draws=True))
+    reasons = []
+    if len(candidates) == 1:
+        reasons.append("one candidate: there is nothing to take z-scores over")
+    elif not np.isfinite(deciding).any():
+        reasons.append("all candidates have the same figures: z-scores are undefined")
+    if not paired:
+        reasons.append("no pairwise slopes: score and pareto are null, see rating_score")
+    rows: list[dict[str, Any]] = []
+    for place, found in enumerate(candidates):
+        row: dict[str, Any] = {"site": found.site, "epoch": found.epoch}
+        for metric in METRICS:
+            estimate = found.estimates[metric]
+            finite = found.draws[metric][np.isfinite(found.draws[metric])]
+            low, high = np.percentile(finite, [2.5, 97.5]) if len(finite) and np.isfinite(estimate) else (None, None)
+            row |= {metric: estimate, f"{metric}_lower": low, f"{metric}_upper": high}
+        row |= {
+            "score": scores[place],
+            "rating_score": rating_scores[place],
+            "pareto": bool(front[place]) if paired else None,
+            "selected": place == best,
+            "selected_share": float(shares[place]),
+            "candidates": len(candidates),
+            "n": found.n,
+            "reason": "; ".join(reasons),
+        }
+        rows.append(row)
+    return pd.DataFrame(rows, columns=list(SELECTION.names))
+
+
+def sensitivity(candidates: Sequence[Candidate]) -> pd.DataFrame:
+    """Who is best at each weight on coherence, and in which share of bootstrap draws."""
+    paired = all(np.isfinite(found.estimates["pairwise_slope"]) for found in candidates)
+    steer = "pairwise_slope" if paired else "rating_slope"
+    rows = []
+    for weight in WEIGHTS:
+        scores = combined(candidates, steer, weight)
+        shares = np.ones(1) if len(candidates) == 1 else winners(combined(candidates, steer, weight, of_draws=True))
+        best = int(np.nanargmax(scores)) if np.isfinite(scores).any() else 0
+        for place, found in enumerate(candidates):
+            keys = {"weight": weight, "site": found.site, "epoch": found.epoch}
+            rows.append({**keys, "score": scores[place], "best": place == best, "share": float(shares[place])})
+    return pd.DataFrame(rows, columns=list(SELECTION_SENSITIVITY.names))

