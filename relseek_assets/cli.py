@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+# Two torch threads that spin while they wait starve each other as soon as anything else runs; must be set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from relseek_assets.behaviour import BehaviourError
 from relseek_assets.study import Study, StudyError, load_study, study_names
 from relseek_resources.models.loading import ModelError
@@ -80,7 +83,9 @@ def studies() -> None:
     for name in study_names():
         study = load_study(name)
         epochs = sum(len(model.layers) * len(model.epochs_evaluated) for model in study.models)
-        click.echo(f"{name:24} {study.kind:6} {study.behaviour:22} {len(study.sites)} sites x {len(study.doses.generated)} doses, {epochs} vectors evaluated")
+        click.echo(
+            f"{name:24} {study.kind:6} {study.behaviour:22} {len(study.sites)} sites x {len(study.doses.generated)} doses, {epochs} vectors evaluated"
+        )
         click.echo(f"{'':24} {study.title}\n{'':24} {study.path}")
 
 
@@ -101,12 +106,20 @@ def run(study: str, select: tuple[str, ...], dry_run: bool) -> None:
     tasks = workspace.plan(select)
     if not tasks:
         click.echo(f"{workspace.study.name}: everything is fresh, nothing to compute")
+        _say_report(workspace)
         return
     _print_plan(tasks)
     if dry_run:
         return
     computed = workspace.run(select, click.echo)
     click.echo(f"{workspace.study.name}: {computed} partition{'' if computed == 1 else 's'} computed")
+    _say_report(workspace)
+
+
+def _say_report(workspace: Workspace) -> None:
+    path = workspace.path("report", None)
+    if path.is_file():
+        click.echo(f"report: {path}\nthe same in the Dagster UI: relseek ui")
 
 
 def _print_plan(tasks: list[Task]) -> None:
@@ -115,9 +128,13 @@ def _print_plan(tasks: list[Task]) -> None:
         why = ", ".join(f"{reason} ({count})" if len(task.reasons) > 1 else reason for reason, count in task.reasons.items())
         rows = f"{task.rows:9.0f}" if task.rows else f"{'?':>9}"
         size = f"{task.bytes / 1e6:7.1f}" if task.bytes else f"{'?':>7}"
-        click.echo(f"{task.asset.name:24} {len(task.partitions):10d} {rows} {'' if task.measured else '~'}{task.seconds:{9 if task.measured else 8}.1f} {size} {0.0:6.2f}  {why}")
+        click.echo(
+            f"{task.asset.name:24} {len(task.partitions):10d} {rows} {'' if task.measured else '~'}{task.seconds:{9 if task.measured else 8}.1f} {size} {0.0:6.2f}  {why}"
+        )
     total = sum(task.seconds for task in tasks)
-    click.echo(f"about {total / 60:.1f} minutes, 0.00 USD (seconds from earlier runs here; ~ marks a stated estimate for two cores; ? is not known yet)")
+    click.echo(
+        f"about {total / 60:.1f} minutes, 0.00 USD (seconds from earlier runs here; ~ marks a stated estimate for two cores; ? is not known yet)"
+    )
 
 
 @main.command()
@@ -131,7 +148,10 @@ def status(study: str, partitions: bool, form: str) -> None:
     workspace.observe()
     states = workspace.states()
     if form == "json":
-        rows = [{"asset": name, "partition": partition, "status": state.status, "reason": state.reason, "version": state.version} for (name, partition), state in states.items()]
+        rows = [
+            {"asset": name, "partition": partition, "status": state.status, "reason": state.reason, "version": state.version}
+            for (name, partition), state in states.items()
+        ]
         click.echo(json.dumps(rows, indent=1))
         return
     click.echo(f"{'asset':24} {'missing':>8} {'stale':>8} {'fresh':>8} {'imported':>9}  first reason")
@@ -148,7 +168,9 @@ def status(study: str, partitions: bool, form: str) -> None:
 @main.command()
 @click.argument("study")
 @click.argument("asset")
-@click.option("--partition", "-p", "wanted", multiple=True, metavar="KEY", help="Only this partition, e.g. 'smollm2-135m:L12|e02@0_5'; may be repeated.")
+@click.option(
+    "--partition", "-p", "wanted", multiple=True, metavar="KEY", help="Only this partition, e.g. 'smollm2-135m:L12|e02@0_5'; may be repeated."
+)
 @click.option("--format", "form", type=click.Choice(["csv", "json", "parquet"]), default="csv", show_default=True)
 @click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Write here instead of printing; parquet needs it.")
 @_explained

@@ -39,7 +39,7 @@ def build_definitions(study: Study, **overrides: Any) -> dg.Definitions:
     """One code location from one study; `overrides` replace the resources `store` and `models`."""
     stage = build_stage(study)
     return dg.Definitions(
-        assets=[*(asset.definition for asset in stage.catalogue.values()), *sources.specs(study)],
+        assets=[*(asset.definition for asset in stage.catalogue.values()), *sources.assets(study)],
         asset_checks=[check for module in CHECKS for check in module.build(stage)],
         sensors=[sources.changed_files(study)],
         resources={"store": Store(), "models": ModelLoader(), **overrides},

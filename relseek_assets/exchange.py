@@ -51,7 +51,9 @@ def read_asset(workspace: Workspace, name: str, wanted: Sequence[str] = ()) -> p
     """
     asset = workspace.asset(name)
     if asset.schema is None:
-        raise ExchangeError(f"{asset.name} holds {asset.form} files and is no table; its files are under {workspace.path(asset.name, None).parent.parent}")
+        raise ExchangeError(
+            f"{asset.name} holds {asset.form} files and is no table; its files are under {workspace.path(asset.name, None).parent.parent}"
+        )
     known = workspace.partitions(asset.name)
     unknown = [key for key in wanted if key not in known]
     if unknown:
@@ -62,7 +64,9 @@ def read_asset(workspace: Workspace, name: str, wanted: Sequence[str] = ()) -> p
         raise ExchangeError(f"{asset.name} has not been computed; `relseek run {workspace.study.name} --select {asset.name}` does it")
     missing = len(paths) - len(there)
     if missing and wanted:
-        raise ExchangeError(f"{asset.name}: {missing} of the partitions named have not been computed; `relseek run {workspace.study.name} --select {asset.name}`")
+        raise ExchangeError(
+            f"{asset.name}: {missing} of the partitions named have not been computed; `relseek run {workspace.study.name} --select {asset.name}`"
+        )
     return pd.concat([storage.read_table(path, asset.schema) for path in there], ignore_index=True)
 
 
@@ -82,7 +86,9 @@ def export(frame: pd.DataFrame, form: str) -> Any:
     stream_text = io.StringIO()
     writer = csv.DictWriter(stream_text, list(frame.columns), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value for name, value in row.items()} for row in rows)
+    writer.writerows(
+        {name: json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value for name, value in row.items()} for row in rows
+    )
     return stream_text.getvalue()
 
 
@@ -127,7 +133,13 @@ def import_vector(workspace: Workspace, file: Path, site: str, epoch: int, note:
     model = workspace.study.model_of(site)
     description = describe(model.source)
     vector = storage.check_finite(next(iter(tensors.values())).squeeze(), f"{file}: the vector", description.width if description else None)
-    details = [("model", model.source), ("imported_from", str(file.resolve())), ("sha256", storage.file_sha256(file)), ("note", note), ("original_header", json.dumps(header))]
+    details = [
+        ("model", model.source),
+        ("imported_from", str(file.resolve())),
+        ("sha256", storage.file_sha256(file)),
+        ("note", note),
+        ("original_header", json.dumps(header)),
+    ]
     version = storage.write_tensors(workspace.path("steering_vectors", partition), {"vector": vector}, provenance(site, epoch, "imported", details))
     _record(workspace, "steering_vectors", partition, version, file, note, norm=float(np.linalg.norm(vector)))
     return f"{workspace.study.name}: steering_vectors {partition} is now {file.name} (norm {np.linalg.norm(vector):.3f}); `relseek run {workspace.study.name}` computes what follows"
@@ -136,16 +148,25 @@ def import_vector(workspace: Workspace, file: Path, site: str, epoch: int, note:
 def import_generations(workspace: Workspace, file: Path, note: str = "") -> str:
     """Put replies made elsewhere in the place of whole partitions of `generations`."""
     study = workspace.study
-    pairs = storage.read_table(workspace.path("preference_pairs", None), workspace.catalogue["preference_pairs"].schema) if workspace.path("preference_pairs", None).is_file() else None
+    pairs = (
+        storage.read_table(workspace.path("preference_pairs", None), workspace.catalogue["preference_pairs"].schema)
+        if workspace.path("preference_pairs", None).is_file()
+        else None
+    )
     if pairs is None:
         raise ExchangeError(f"the study's items are not known yet; `relseek run {study.name} --select preference_pairs` first")
-    prompts = {row.conversation: [{"role": "system", "content": study.prompts.system}, *row.prompt] for row in evaluation_items(pairs, study.seed).itertuples()}
+    prompts = {
+        row.conversation: [{"role": "system", "content": study.prompts.system}, *row.prompt]
+        for row in evaluation_items(pairs, study.seed).itertuples()
+    }
     rows = []
     for number, row in storage.read_jsonl(file):
         where = f"{file}, line {number}"
         _require(row, (*CELL, "item", "reply"), where)
         if row["item"] not in prompts:
-            raise ExchangeError(f"{where}: item {row['item']!r} is no held-out conversation of the study; generation_metrics needs its target and anti-target replies")
+            raise ExchangeError(
+                f"{where}: item {row['item']!r} is no held-out conversation of the study; generation_metrics needs its target and anti-target replies"
+            )
         if not isinstance(row["reply"], str):
             raise ExchangeError(f"{where}: reply must be text")
         rows.append(
@@ -212,7 +233,8 @@ def _import_cells(workspace: Workspace, name: str, frame: pd.DataFrame, file: Pa
     schema = workspace.catalogue[name].schema
     assert schema is not None
     parts = {
-        _partition(workspace, name, str(site), int(epoch), float(multiplier), str(file)): part for (site, epoch, multiplier), part in frame.groupby(list(CELL))
+        _partition(workspace, name, str(site), int(epoch), float(multiplier), str(file)): part
+        for (site, epoch, multiplier), part in frame.groupby(list(CELL))
     }
     for part in parts.values():
         schema.to_arrow(part, str(file))
@@ -257,7 +279,11 @@ def difference(one: Workspace, two: Workspace) -> dict[str, list[dict[str, Any]]
     An estimate differs when the two values do; `overlap` says whether their intervals do as well.
     """
     first, second = _flat(tomllib.loads(one.study.path.read_text())), _flat(tomllib.loads(two.study.path.read_text()))
-    settings = [{"setting": name, "a": first.get(name), "b": second.get(name)} for name in sorted(first.keys() | second.keys()) if first.get(name) != second.get(name)]
+    settings = [
+        {"setting": name, "a": first.get(name), "b": second.get(name)}
+        for name in sorted(first.keys() | second.keys())
+        if first.get(name) != second.get(name)
+    ]
     versions = []
     found = {label: {node: state.version for node, state in workspace.states().items()} for label, workspace in (("a", one), ("b", two))}
     for name, partition in sorted(found["a"].keys() | found["b"].keys(), key=lambda node: (node[0], str(node[1]))):
@@ -302,7 +328,9 @@ def difference_text(found: dict[str, list[dict[str, Any]]]) -> str:
     lines.append(f"estimates that differ: {len(found['estimates'])}")
     for row in found["estimates"]:
         a, b = (
-            "absent" if row[f"estimate_{side}"] is None else f"{row[f'estimate_{side}']:.2f} [{row[f'lower_{side}']:.2f}, {row[f'upper_{side}']:.2f}] n={row[f'n_{side}']:.0f}"
+            "absent"
+            if row[f"estimate_{side}"] is None
+            else f"{row[f'estimate_{side}']:.2f} [{row[f'lower_{side}']:.2f}, {row[f'upper_{side}']:.2f}] n={row[f'n_{side}']:.0f}"
             for side in ("a", "b")
         )
         apart = "" if row["overlap"] else "  intervals apart"
@@ -327,8 +355,9 @@ def write_locations(home: Path, names: Sequence[str]) -> Path:
             "from relseek_assets.study import load_study\n\n"
             f"definitions = build_definitions(load_study({str(path)!r}))\n",
         )
-        entries.append(f"  - python_file:\n      relative_path: {json.dumps(str(module))}\n      attribute: definitions\n      location_name: {path.stem}\n")
+        entries.append(
+            f"  - python_file:\n      relative_path: {json.dumps(str(module))}\n      attribute: definitions\n      location_name: {path.stem}\n"
+        )
     workspace = folder / "workspace.yaml"
     storage.write_text(workspace, "load_from:\n" + "".join(entries))
     return workspace
-

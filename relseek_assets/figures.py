@@ -180,10 +180,19 @@ def length_distribution(frame: pd.DataFrame) -> Figure:
     figure, (axes,) = blank(1, 6.4, 3.4)
     for offset, side, colour in ((-0.17, "target", COLOURS[0]), (0.17, "antitarget", COLOURS[1])):
         boxes = [
-            {"label": row["prompt_type"], "whislo": row[f"{side}_p0"], "q1": row[f"{side}_p25"], "med": row[f"{side}_p50"], "q3": row[f"{side}_p75"], "whishi": row[f"{side}_p100"]}
+            {
+                "label": row["prompt_type"],
+                "whislo": row[f"{side}_p0"],
+                "q1": row[f"{side}_p25"],
+                "med": row[f"{side}_p50"],
+                "q3": row[f"{side}_p75"],
+                "whishi": row[f"{side}_p100"],
+            }
             for row in frame.to_dict("records")
         ]
-        drawn = axes.bxp(boxes, positions=[place + offset for place in range(len(boxes))], widths=0.28, showfliers=False, patch_artist=True, manage_ticks=False)
+        drawn = axes.bxp(
+            boxes, positions=[place + offset for place in range(len(boxes))], widths=0.28, showfliers=False, patch_artist=True, manage_ticks=False
+        )
         for box in drawn["boxes"]:
             box.set(facecolor=colour, alpha=0.45)
         drawn["boxes"][0].set_label(side)

@@ -6,10 +6,11 @@ Here belong the plan, its estimate and its execution in this process. How stalen
 from __future__ import annotations
 
 import difflib
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from relseek_assets.stage import StageAsset, Store, multi, partition_order
 from relseek_assets.study import Study
 
 Node = tuple[str, str | None]
+PROCESS_TAG = "relseek/process"  # host:pid of the `relseek run` that a run lives in
 
 
 class PlanError(ValueError):
@@ -58,13 +60,9 @@ class Workspace:
         self.store: Store = overrides.get("store") or Store()
         self.definitions = build_definitions(study, **overrides)
 
-    @cached_property
-    def repository(self) -> dg.RepositoryDefinition:
-        return self.definitions.get_repository_def()
-
     @property
     def graph(self) -> Any:
-        return self.repository.asset_graph
+        return self.stage.graph
 
     def lineage(self) -> Lineage:
         return Lineage(self.instance, self.graph)
@@ -78,7 +76,10 @@ class Workspace:
         name = name.removeprefix(f"{self.study.name}/")
         if name not in self.catalogue:
             close = difflib.get_close_matches(name, self.catalogue, 1)
-            raise PlanError(f"study {self.study.name} has no asset {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"there is {', '.join(self.catalogue)}"))
+            raise PlanError(
+                f"study {self.study.name} has no asset {name!r}; "
+                + (f"did you mean {close[0]!r}?" if close else f"there is {', '.join(self.catalogue)}")
+            )
         return self.catalogue[name]
 
     def partitions(self, name: str) -> list[str | None]:
@@ -89,7 +90,9 @@ class Workspace:
 
     def order(self) -> list[str]:
         """Asset names, upstream first."""
-        return [key.path[-1] for level in self.graph.toposorted_asset_keys_by_level for key in level if key.path[-1] in self.catalogue]
+        levels = self.graph.toposorted_asset_keys_by_level
+        declared = list(self.catalogue)
+        return [name for level in levels for name in sorted({key.path[-1] for key in level} & self.catalogue.keys(), key=declared.index)]
 
     def state(self, lineage: Lineage, node: Node) -> State:
         """A partition's state; one whose file is gone is missing whatever the event log says."""
@@ -172,6 +175,7 @@ class Workspace:
         Raises:
             PlanError: a step failed; what was finished before it is kept, and a second call goes on from there.
         """
+        self.end_dead_runs()
         planned = self.plan(select)
         done = 0
         for number, task in enumerate(planned, 1):
@@ -215,7 +219,7 @@ class Workspace:
         result = job.execute_in_process(
             instance=self.instance,
             run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-            tags={**tags, "relseek/command": "run"},
+            tags={**tags, PROCESS_TAG: f"{socket.gethostname()}:{os.getpid()}"},
             raise_on_error=False,
         )
         if not result.success:
@@ -232,6 +236,27 @@ class Workspace:
     def observe(self) -> list[str]:
         """Look at the study's sources and record what changed."""
         return sources.observe(self.study, self.instance)
+
+    def end_dead_runs(self) -> int:
+        """Mark runs of a killed `relseek run` as failed and give back the pool slots that they held; return how many."""
+        dead = 0
+        for run in self.instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING])):
+            host, _, process = run.tags.get(PROCESS_TAG, "").partition(":")
+            if host == socket.gethostname() and not _alive(int(process)):
+                self.instance.report_run_failed(run, "the process that ran this was killed; `relseek run` goes on from there")
+                self.instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+                dead += 1
+        return dead
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _neighbours(values: Sequence[str], order: Sequence[str], alike: Callable[[str, str], bool] = lambda one, two: True) -> Iterator[list[str]]:

@@ -1,4 +1,4 @@
-"""What a study reads and does not make: the behaviour's files, base models, published judgements. External assets with versions.
+"""What a study reads and does not make: the behaviour's files, base models, published judgements. Observed assets with versions.
 
 A sensor looks every half minute and reports a new version as an observation, which is what makes readers stale in Dagster. The
 command line looks before it plans.
@@ -62,11 +62,23 @@ def _readers(study: Study) -> dict[str, Callable[[], tuple[str, dict[str, Any]]]
     return {**{name: file(name) for name in FILES}, "base_models": models, "published_judgements": published}
 
 
-def specs(study: Study) -> list[dg.AssetSpec]:
-    return [
-        dg.AssetSpec(dg.AssetKey([study.name, name]), group_name=GROUP, description=DESCRIPTIONS[name], kinds={"file"}, owners=["team:relseek"])
-        for name in _readers(study)
-    ]
+def keys(study: Study) -> list[dg.AssetKey]:
+    return [dg.AssetKey([study.name, name]) for name in _readers(study)]
+
+
+def assets(study: Study) -> list[dg.AssetsDefinition | dg.SourceAsset]:
+    """Observable source assets: only those show an observation's version to what reads them."""
+
+    def declare(name: str, look: Callable[[], tuple[str, dict[str, Any]]]) -> dg.AssetsDefinition | dg.SourceAsset:
+        @dg.observable_source_asset(
+            key=dg.AssetKey([study.name, name]), group_name=GROUP, description=DESCRIPTIONS[name], tags={"dagster/kind/file": ""}
+        )
+        def observe() -> dg.DataVersion:
+            return dg.DataVersion(look()[0])
+
+        return observe
+
+    return [declare(name, look) for name, look in _readers(study).items()]
 
 
 def changes(study: Study, instance: dg.DagsterInstance) -> list[dg.AssetObservation]:
@@ -98,7 +110,7 @@ def changed_files(study: Study) -> dg.SensorDefinition:
         minimum_interval_seconds=30,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Reports a new version of a behaviour file, a model or the published release, so that what was made from the old one shows as stale.",
-        asset_selection=dg.AssetSelection.assets(*[spec.key for spec in specs(study)]),
+        asset_selection=dg.AssetSelection.assets(*keys(study)),
     )
     def look(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         found = changes(study, context.instance)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from dagster._core.definitions.partitions.utils import MultiPartitionKey
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from relseek_assets import figures
+from relseek_assets import figures, sources
 from relseek_assets.lineage import ALREADY_RECORDED, Lineage
 from relseek_assets.partitions import Partitions, cell_of
 from relseek_assets.study import Study
 from relseek_resources import storage
+from relseek_resources.compute import ModelLoader
 from relseek_resources.storage import StorageError, TableSchema, content_version
 
 TABLE, VECTORS, PAGE = "parquet", "safetensors", "html"
@@ -189,7 +191,10 @@ def preview(frame: pd.DataFrame, rows: int = 5) -> dg.MetadataValue:
     """The first rows as a Markdown table, long texts cut."""
     short = frame.head(rows).map(lambda value: value if isinstance(value, int | float) else str(value).replace("\n", " ")[:60])
     lines = ["| " + " | ".join(map(str, short.columns)) + " |", "|" + "---|" * len(short.columns)]
-    lines += ["| " + " | ".join(f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/") for value in row) + " |" for row in short.itertuples(index=False)]
+    lines += [
+        "| " + " | ".join(f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/") for value in row) + " |"
+        for row in short.itertuples(index=False)
+    ]
     return dg.MetadataValue.md("\n".join(lines))
 
 
@@ -204,6 +209,12 @@ class Stage:
 
     def key(self, asset: str) -> dg.AssetKey:
         return dg.AssetKey([self.study.name, asset])
+
+    @cached_property
+    def graph(self) -> Any:
+        """The study's whole asset graph, whatever part of it a run selects."""
+        assets = [*(asset.definition for asset in self.catalogue.values()), *sources.assets(self.study)]
+        return dg.Definitions(assets=assets, resources={"store": Store(), "models": ModelLoader()}).get_repository_def().asset_graph
 
     def asset(
         self,
@@ -249,9 +260,11 @@ class Stage:
                 metadata=_column_metadata(schema),
             )
             def definition(context: dg.AssetExecutionContext) -> Iterator[Any]:
-                lineage = Lineage(context.instance, context.repository_def.asset_graph)
+                lineage = Lineage(context.instance, self.graph)
                 store = context.resources.store
-                keys: list[str | None] = sorted(context.partition_keys, key=partition_order) if context.has_partition_key or context.has_partition_key_range else [None]
+                keys: list[str | None] = (
+                    sorted(context.partition_keys, key=partition_order) if context.has_partition_key or context.has_partition_key_range else [None]
+                )
                 wanted = [key for key in map(multi, keys) if self.partitions.exists(key)]
                 if wanted:
                     work = Work(self.study, context, store, context.resources, lineage, self.catalogue, found, wanted)
@@ -278,7 +291,12 @@ def _column_metadata(schema: TableSchema | None) -> dict[str, Any]:
     if schema is None:
         return {}
     columns = [
-        dg.TableColumn(column.name, column.kind, f"{column.meaning}{f' ({column.unit})' if column.unit else ''}", dg.TableColumnConstraints(nullable=column.nullable))
+        dg.TableColumn(
+            column.name,
+            column.kind,
+            f"{column.meaning}{f' ({column.unit})' if column.unit else ''}",
+            dg.TableColumnConstraints(nullable=column.nullable),
+        )
         for column in schema.columns
     ]
     return {"dagster/column_schema": dg.TableSchema(columns)}

@@ -77,7 +77,9 @@ class Release:
             generations, scores = folder / "generations.jsonl", folder / "relationship_scores.jsonl"
             if generations.is_file() and scores.is_file():
                 texts = {row["generation_id"]: row["response_str"] for _, row in read_jsonl(generations)}
-                found += [ScoredReply(texts[row["generation_id"]], float(row["score"])) for _, row in read_jsonl(scores) if row["generation_id"] in texts]
+                found += [
+                    ScoredReply(texts[row["generation_id"]], float(row["score"])) for _, row in read_jsonl(scores) if row["generation_id"] in texts
+                ]
         if not found:
             raise Absent(f"absent: generations with scores under {self.root / PROMPTED}")
         return found

@@ -140,8 +140,7 @@ class TableSchema:
             raise StorageError(f"{where}: table {self.name} lacks the columns {missing} and has unknown columns {unknown}")
         arrays = [self._column(frame[column.name], column, where) for column in self.columns]
         fields = [
-            pa.field(column.name, column.arrow_type, column.nullable, {"meaning": column.meaning, "unit": column.unit})
-            for column in self.columns
+            pa.field(column.name, column.arrow_type, column.nullable, {"meaning": column.meaning, "unit": column.unit}) for column in self.columns
         ]
         if self.key and frame.duplicated(list(self.key)).any():
             first = frame[frame.duplicated(list(self.key))].iloc[0][list(self.key)].to_dict()

@@ -48,7 +48,11 @@ def build(stage: Stage) -> None:
     def preference_pairs(work: Work) -> Iterator[dg.AssetMaterialization]:
         frame = plain.preference_pairs(read_conversations(conversations), heldout_share=study.pairs.heldout_share, seed=study.seed)
         counts = frame.groupby("split")["conversation"].nunique().to_dict()
-        yield work.table(None, frame, {"training_conversations": counts.get("train", 0), "heldout_conversations": counts.get("heldout", 0), "by_type": by_type(frame)})
+        yield work.table(
+            None,
+            frame,
+            {"training_conversations": counts.get("train", 0), "heldout_conversations": counts.get("heldout", 0), "by_type": by_type(frame)},
+        )
 
     @stage.asset(
         group=GROUP,

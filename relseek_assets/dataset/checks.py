@@ -43,9 +43,16 @@ def build(stage: Stage) -> list[dg.AssetChecksDefinition]:
     def length_balance() -> dg.AssetCheckResult:
         table = quality.length_balance(read_conversations(path)).set_index("prompt_type")
         ratio = float(table.loc["all", "ratio"])
-        return dg.AssetCheckResult(passed=abs(ratio - 1) <= LENGTH_TOLERANCE, metadata={"ratio": ratio, "by_type": str(table["ratio"].round(3).to_dict())})
+        return dg.AssetCheckResult(
+            passed=abs(ratio - 1) <= LENGTH_TOLERANCE, metadata={"ratio": ratio, "by_type": str(table["ratio"].round(3).to_dict())}
+        )
 
-    @dg.asset_check(asset=pairs, name="same_user_turns", description="Histories differ in the assistant's replies only: user turns are identical on both sides.", required_resource_keys={"store"})
+    @dg.asset_check(
+        asset=pairs,
+        name="same_user_turns",
+        description="Histories differ in the assistant's replies only: user turns are identical on both sides.",
+        required_resource_keys={"store"},
+    )
     def same_user_turns(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
         frame = read_table(context.resources.store.path(pairs, None, TABLE), PREFERENCE_PAIRS)
         later = frame[frame["history_type"] != "NA"]

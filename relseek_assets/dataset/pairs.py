@@ -100,6 +100,11 @@ def training_pairs(pairs: pd.DataFrame, seed: int) -> pd.DataFrame:
     return _in_order(pairs[pairs["split"] == "train"], "pair", seed, "training")
 
 
+def heldout_pairs(pairs: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Every pair of the held-out conversations in a keyed order, for the trainer's evaluation."""
+    return _in_order(pairs[pairs["split"] == "heldout"], "pair", seed, "heldout")
+
+
 def evaluation_items(pairs: pd.DataFrame, seed: int, max_words: int = 0) -> pd.DataFrame:
     """One pair a held-out conversation, in a keyed order that takes the prompt types in turn.
 

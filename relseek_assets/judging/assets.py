@@ -52,7 +52,12 @@ def build(stage: Stage) -> None:
         graded = read_graded_replies(folder / FILES["few_shots"])
         with work.progress(2 * len(pairs) + len(graded), "text", "embedding") as report:
             fit = embedded.fit(
-                list(pairs["chosen"]), list(pairs["rejected"]), list(pairs["conversation"]), [row.reply for row in graded], [row.score for row in graded], report
+                list(pairs["chosen"]),
+                list(pairs["rejected"]),
+                list(pairs["conversation"]),
+                [row.reply for row in graded],
+                [row.score for row in graded],
+                report,
             )
         header = {
             "judge": embedded.NAME,
@@ -63,7 +68,12 @@ def build(stage: Stage) -> None:
             "pairs": str(len(pairs)),
         }
         arrays = {**fit.judge.arrays(), "cross_validated": fit.projections}
-        yield work.tensors(None, arrays, header, {"pair_accuracy": fit.pair_accuracy, "log_loss": fit.log_loss, "pairs": len(pairs), "words": len(fit.judge.features.vocabulary)})
+        yield work.tensors(
+            None,
+            arrays,
+            header,
+            {"pair_accuracy": fit.pair_accuracy, "log_loss": fit.log_loss, "pairs": len(pairs), "words": len(fit.judge.features.vocabulary)},
+        )
 
     @stage.asset(
         group=GROUP,
@@ -144,7 +154,10 @@ def build(stage: Stage) -> None:
         rho = tables.rank_correlation(judged, [row.score for row in graded])
         rows.append(tables.quality(mine, "spearman", "graded replies (calibration set)", *rho, len(graded)))
         release = Release.from_environment()
-        published = {"GPT-4.1-mini, re-scored steered replies": release.rescored_generations, "GPT-4o, prompted replies of experiment 1": release.prompted_generations}
+        published = {
+            "GPT-4.1-mini, re-scored steered replies": release.rescored_generations,
+            "GPT-4o, prompted replies of experiment 1": release.prompted_generations,
+        }
         judges = {mine: judge}
         try:
             replies = release.test_replies()

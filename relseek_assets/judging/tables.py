@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import combinations
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
-from statistics import NormalDist
 
 from relseek_assets.behaviour import Rubric
 from relseek_resources.storage import Column, TableSchema
@@ -153,7 +153,16 @@ def calibration_curve(probabilities: np.ndarray, labels: np.ndarray, bins: int =
         inside = place == index
         lower, upper = wilson(labels[inside].sum(), int(inside.sum()))
         share = float(labels[inside].mean())
-        rows.append({"low": index / bins, "predicted": probabilities[inside].mean(), "observed": share, "lower": lower, "upper": upper, "n": int(inside.sum())})
+        rows.append(
+            {
+                "low": index / bins,
+                "predicted": probabilities[inside].mean(),
+                "observed": share,
+                "lower": lower,
+                "upper": upper,
+                "n": int(inside.sum()),
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -176,7 +185,9 @@ def proportion(judge: str, metric: str, against: str, successes: np.ndarray) -> 
     return quality(judge, metric, against, float(successes.mean()), lower, upper, len(successes))
 
 
-def quality(judge: str, metric: str, against: str, value: float | None, lower: float | None, upper: float | None, n: int, status: str = "measured") -> dict[str, Any]:
+def quality(
+    judge: str, metric: str, against: str, value: float | None, lower: float | None, upper: float | None, n: int, status: str = "measured"
+) -> dict[str, Any]:
     return {"judge": judge, "metric": metric, "against": against, "value": value, "lower": lower, "upper": upper, "n": n, "status": status}
 
 

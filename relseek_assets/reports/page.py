@@ -82,20 +82,58 @@ def render(facts: Facts) -> str:
     chosen = tables["selection"].sort_values("selected", ascending=False).iloc[0]
     rubrics = [rubric for rubric in tables["dose_response"]["rubric"].unique() if rubric != "coherence"]
     drawn = [
-        shown(facts, f"{rubric.capitalize()} by dose", figures.dose_response(tables["dose_response"], rubric), "Mean judge score of the replies to held-out prompts.", "dose_response")
+        shown(
+            facts,
+            f"{rubric.capitalize()} by dose",
+            figures.dose_response(tables["dose_response"], rubric),
+            "Mean judge score of the replies to held-out prompts.",
+            "dose_response",
+        )
         for rubric in (*rubrics, "coherence")
     ]
     drawn += [
-        shown(facts, "Training", figures.training_curves(tables["training_metrics"]), "Held-out loss and sign-correct accuracy; dashed lines are d = -1.", "training_metrics"),
+        shown(
+            facts,
+            "Training",
+            figures.training_curves(tables["training_metrics"]),
+            "Held-out loss and sign-correct accuracy; dashed lines are d = -1.",
+            "training_metrics",
+        ),
         shown(facts, "Vector norms", figures.vector_norms(tables["vector_summary"]), "Length of the vector after each epoch.", "vector_summary"),
         shown(facts, "Coherence against steerability", figures.pareto(tables["selection"]), "The ringed vector is the one selected.", "selection"),
-        shown(facts, "Selection by weight", figures.weight_sensitivity(tables["selection_sensitivity"]), "Which vector would be chosen at other weights.", "selection_sensitivity"),
-        shown(facts, "Perplexity and propensity", figures.sweep_curves(tables["sweep_summary"]), "Of the replies, and of the given target and anti-target replies.", "sweep_summary"),
-        shown(facts, "Judge calibration", figures.judge_calibration(tables["judge_calibration"]), "Cross-validated with whole conversations held out.", "judge_calibration"),
-        shown(facts, "Reply lengths of the behaviour", figures.length_distribution(tables["conversation_lengths"]), "Quartiles and extremes by prompt type.", "conversation_lengths"),
+        shown(
+            facts,
+            "Selection by weight",
+            figures.weight_sensitivity(tables["selection_sensitivity"]),
+            "Which vector would be chosen at other weights.",
+            "selection_sensitivity",
+        ),
+        shown(
+            facts,
+            "Perplexity and propensity",
+            figures.sweep_curves(tables["sweep_summary"]),
+            "Of the replies, and of the given target and anti-target replies.",
+            "sweep_summary",
+        ),
+        shown(
+            facts,
+            "Judge calibration",
+            figures.judge_calibration(tables["judge_calibration"]),
+            "Cross-validated with whole conversations held out.",
+            "judge_calibration",
+        ),
+        shown(
+            facts,
+            "Reply lengths of the behaviour",
+            figures.length_distribution(tables["conversation_lengths"]),
+            "Quartiles and extremes by prompt type.",
+            "conversation_lengths",
+        ),
     ]
     doses, replies = examples(tables["generations"], tables["judge_scores"], str(chosen["site"]), int(chosen["epoch"]))
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["number"] = number
     return environment.get_template("page.html.j2").render(
         study=facts.study,

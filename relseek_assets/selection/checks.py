@@ -1,5 +1,7 @@
 """Asset checks of the dose-response that selection rests on."""
 
+from itertools import pairwise
+
 import dagster as dg
 import numpy as np
 import pandas as pd
@@ -13,7 +15,9 @@ from relseek_resources.storage import read_table
 def inversions(curve: pd.DataFrame) -> list[tuple[float, float, bool]]:
     """Neighbouring doses at which the score falls: (dose, next dose, whether the fall lies within the next dose's interval)."""
     rows = curve.sort_values("multiplier").to_dict("records")
-    return [(one["multiplier"], two["multiplier"], two["upper"] >= one["estimate"]) for one, two in zip(rows, rows[1:], strict=False) if two["estimate"] < one["estimate"]]
+    return [
+        (one["multiplier"], two["multiplier"], two["upper"] >= one["estimate"]) for one, two in pairwise(rows) if two["estimate"] < one["estimate"]
+    ]
 
 
 def build(stage: Stage) -> list[dg.AssetChecksDefinition]:

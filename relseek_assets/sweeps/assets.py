@@ -74,7 +74,11 @@ def build(stage: Stage) -> None:
                 )
                 for dose, partition in doses:
                     cell = tables.of_cell(found, dose)
-                    yield work.table(partition, cell, {"replies": len(cell), "tokens": int(cell["tokens"].sum()), "mean_log_prob": float(cell["mean_log_prob"].mean())})
+                    yield work.table(
+                        partition,
+                        cell,
+                        {"replies": len(cell), "tokens": int(cell["tokens"].sum()), "mean_log_prob": float(cell["mean_log_prob"].mean())},
+                    )
 
     @stage.asset(
         group=GROUP,
@@ -82,7 +86,12 @@ def build(stage: Stage) -> None:
         description="Perplexity of each reply under the unsteered model given its prompt, propensity given the prompt, and the published "
         "context-free variants under their own names.",
         partitions=partitions.site_by_dose,
-        deps={"generations": dg.IdentityPartitionMapping(), "steering_vectors": partitions.of_my_epoch(), "preference_pairs": None, "base_models": None},
+        deps={
+            "generations": dg.IdentityPartitionMapping(),
+            "steering_vectors": partitions.of_my_epoch(),
+            "preference_pairs": None,
+            "base_models": None,
+        },
         settings=[study.prompts.model_dump(), study.seed, models],
         schema=tables.GENERATION_METRICS,
         kinds=("pytorch",),
@@ -107,7 +116,10 @@ def build(stage: Stage) -> None:
                     )
                 for dose, partition in doses:
                     replies = work.read_table("generations", partition)
-                    tokens = [ids if isinstance(ids, list) else model.reply_tokens(text, end=False) for ids, text in zip(replies["token_ids"], replies["reply"], strict=True)]
+                    tokens = [
+                        ids if isinstance(ids, list) else model.reply_tokens(text, end=False)
+                        for ids, text in zip(replies["token_ids"], replies["reply"], strict=True)
+                    ]
                     given = [model.prompt_tokens(prompt) for prompt in replies["prompt"]]
                     unsteered = scores_of(model, given, tokens)
                     report(len(replies))

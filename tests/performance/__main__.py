@@ -1,0 +1,27 @@
+"""`python -m tests.performance [AREA ...]`: run the measurements and write latest.json beside this file."""
+
+from __future__ import annotations
+
+import sys
+
+from tests.performance import sweep
+from tests.performance.comparison import machine, save
+
+AREAS = {"sweep": sweep}
+
+
+def main(wanted: list[str]) -> None:
+    unknown = sorted(set(wanted) - AREAS.keys())
+    if unknown:
+        raise SystemExit(f"no measurement {', '.join(unknown)}; there is {', '.join(AREAS)}")
+    print(machine())
+    found = []
+    for name in wanted or AREAS:
+        for comparison in AREAS[name].comparisons():
+            print(comparison.line(), flush=True)
+            found.append(comparison)
+    save(found)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
