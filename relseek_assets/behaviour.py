@@ -6,6 +6,7 @@ Here belongs reading and checking that folder. What is made of the conversations
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,7 @@ def read_conversations(path: Path) -> list[StarterConversation]:
     for number, row in read_jsonl(path):
         where = f"{path}, line {number}"
         _needs(row, ("id", "type", "topic", "user", "turns"), where)
+        _texts(row, ("id", "type", "topic", "user"), where)
         if row["type"] not in PROMPT_TYPES:
             raise BehaviourError(f"{where}: type {row['type']!r} is none of {', '.join(PROMPT_TYPES)}")
         if row["id"] in found:
@@ -112,11 +114,9 @@ def read_conversations(path: Path) -> list[StarterConversation]:
         turns = []
         for index, turn in enumerate(row["turns"], 1):
             _needs(turn, ("user", "target", "antitarget"), f"{where}, turn {index}")
-            for name, text in turn.items():
-                if not isinstance(text, str) or not text.strip():
-                    raise BehaviourError(f"{where}, turn {index}: {name} is empty; every turn needs a user message and two replies")
+            _texts(turn, ("user", "target", "antitarget"), f"{where}, turn {index}")
             turns.append(Turn(**turn))
-        found[row["id"]] = StarterConversation(str(row["id"]), row["type"], row["topic"], row["user"], tuple(turns))
+        found[row["id"]] = StarterConversation(row["id"], row["type"], row["topic"], row["user"], tuple(turns))
     if not found:
         raise BehaviourError(f"{path}: no conversations; write one JSON object a line")
     return [found[key] for key in sorted(found)]
@@ -130,9 +130,15 @@ def read_rubric(path: Path) -> Rubric:
     """
     content = read_toml(path)
     _needs(content, ("name", "scale_min", "scale_max", "question", "instructions", "bands"), str(path), exact=False)
+    _texts(content, ("name", "question", "instructions"), str(path))
+    _numbers(content, ("scale_min", "scale_max"), str(path))
+    if not isinstance(content["bands"], list):
+        raise BehaviourError(f"{path}: bands must be a list of tables; write each under [[bands]]")
     bands = []
     for index, band in enumerate(content["bands"], 1):
         _needs(band, ("low", "high", "label", "anchor"), f"{path}, band {index}")
+        _numbers(band, ("low", "high"), f"{path}, band {index}")
+        _texts(band, ("label", "anchor"), f"{path}, band {index}")
         bands.append(Band(**band))
     edges = [edge for band in bands for edge in (band.low, band.high)]
     if len(bands) != 6 or edges != sorted(edges) or edges[0] != content["scale_min"] or edges[-1] != content["scale_max"]:
@@ -144,16 +150,19 @@ def read_graded_replies(path: Path) -> list[GradedReply]:
     """Read the graded examples: for each prompt several replies with their scores.
 
     Raises:
-        BehaviourError: a missing field or a score that is no number.
+        BehaviourError: a missing field, an empty reply or a score that is no number.
     """
     found = []
     for number, row in read_jsonl(path):
         where = f"{path}, line {number}"
         _needs(row, ("id", "history", "replies"), where, exact=False)
+        for name in ("history", "replies"):
+            if not isinstance(row[name], list) or not row[name]:
+                raise BehaviourError(f"{where}: {name} must be a list with at least one entry")
         for reply in row["replies"]:
             _needs(reply, ("score", "reply"), where)
-            if not isinstance(reply["score"], int | float):
-                raise BehaviourError(f"{where}: the score {reply['score']!r} is no number")
+            _numbers(reply, ("score",), where)
+            _texts(reply, ("reply",), where)
             found.append(GradedReply(row["id"], tuple(row["history"]), reply["reply"], float(reply["score"])))
     return found
 
@@ -176,3 +185,15 @@ def _needs(row: Any, names: tuple[str, ...], where: str, *, exact: bool = True) 
         raise BehaviourError(f"{where}: {', '.join(missing)} is missing; add it")
     if unknown:
         raise BehaviourError(f"{where}: {', '.join(unknown)} is unknown; the fields are {', '.join(names)}")
+
+
+def _texts(row: dict[str, Any], names: tuple[str, ...], where: str) -> None:
+    for name in names:
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise BehaviourError(f"{where}: {name} must be a text that is not empty, and is {row[name]!r}")
+
+
+def _numbers(row: dict[str, Any], names: tuple[str, ...], where: str) -> None:
+    for name in names:
+        if not isinstance(row[name], int | float) or isinstance(row[name], bool) or not math.isfinite(row[name]):
+            raise BehaviourError(f"{where}: the {name} {row[name]!r} is no number")

@@ -128,9 +128,8 @@ def _print_plan(tasks: list[Task]) -> None:
         why = ", ".join(f"{reason} ({count})" if len(task.reasons) > 1 else reason for reason, count in task.reasons.items())
         rows = f"{task.rows:9.0f}" if task.rows else f"{'?':>9}"
         size = f"{task.bytes / 1e6:7.1f}" if task.bytes else f"{'?':>7}"
-        click.echo(
-            f"{task.asset.name:24} {len(task.partitions):10d} {rows} {'' if task.measured else '~'}{task.seconds:{9 if task.measured else 8}.1f} {size} {0.0:6.2f}  {why}"
-        )
+        seconds = f"{'' if task.measured else '~'}{task.seconds:.1f}"
+        click.echo(f"{task.asset.name:24} {len(task.partitions):10d} {rows} {seconds:>9} {size} {0.0:6.2f}  {why}")
     total = sum(task.seconds for task in tasks)
     click.echo(
         f"about {total / 60:.1f} minutes, 0.00 USD (seconds from earlier runs here; ~ marks a stated estimate for two cores; ? is not known yet)"
@@ -185,9 +184,9 @@ def table(study: str, asset: str, wanted: tuple[str, ...], form: str, output: Pa
     if output is None:
         click.echo(content, nl=False)
     else:
-        from relseek_resources.storage import replace_atomically
+        from relseek_resources.storage import write_bytes
 
-        replace_atomically(output, lambda temporary: temporary.write_bytes(content) and None)
+        write_bytes(output, content if isinstance(content, bytes) else content.encode())
         click.echo(f"{len(frame)} rows in {output}")
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from relseek_assets.behaviour import FILES, read_rubric
-from relseek_assets.dataset.pairs import evaluation_items
+from relseek_assets.dataset.pairs import PREFERENCE_PAIRS, evaluation_items
 from relseek_assets.judging.tables import JUDGE_SCORES
 from relseek_assets.partitions import multi_key, step_key
 from relseek_assets.planning import Workspace
@@ -142,22 +142,19 @@ def import_vector(workspace: Workspace, file: Path, site: str, epoch: int, note:
     ]
     version = storage.write_tensors(workspace.path("steering_vectors", partition), {"vector": vector}, provenance(site, epoch, "imported", details))
     _record(workspace, "steering_vectors", partition, version, file, note, norm=float(np.linalg.norm(vector)))
-    return f"{workspace.study.name}: steering_vectors {partition} is now {file.name} (norm {np.linalg.norm(vector):.3f}); `relseek run {workspace.study.name}` computes what follows"
+    name = workspace.study.name
+    return f"{name}: steering_vectors {partition} is now {file.name} (norm {np.linalg.norm(vector):.3f}); `relseek run {name}` computes what follows"
 
 
 def import_generations(workspace: Workspace, file: Path, note: str = "") -> str:
     """Put replies made elsewhere in the place of whole partitions of `generations`."""
     study = workspace.study
-    pairs = (
-        storage.read_table(workspace.path("preference_pairs", None), workspace.catalogue["preference_pairs"].schema)
-        if workspace.path("preference_pairs", None).is_file()
-        else None
-    )
-    if pairs is None:
+    known = workspace.path("preference_pairs", None)
+    if not known.is_file():
         raise ExchangeError(f"the study's items are not known yet; `relseek run {study.name} --select preference_pairs` first")
     prompts = {
         row.conversation: [{"role": "system", "content": study.prompts.system}, *row.prompt]
-        for row in evaluation_items(pairs, study.seed).itertuples()
+        for row in evaluation_items(storage.read_table(known, PREFERENCE_PAIRS), study.seed).itertuples()
     }
     rows = []
     for number, row in storage.read_jsonl(file):
@@ -241,7 +238,8 @@ def _import_cells(workspace: Workspace, name: str, frame: pd.DataFrame, file: Pa
     for partition, part in parts.items():
         version = storage.write_table(workspace.path(name, partition), part, schema)
         _record(workspace, name, partition, version, file, note, **{"dagster/row_count": len(part)})
-    return f"{workspace.study.name}: {len(frame)} rows are now {len(parts)} partitions of {name}; `relseek run {workspace.study.name}` computes what follows"
+    study = workspace.study.name
+    return f"{study}: {len(frame)} rows are now {len(parts)} partitions of {name}; `relseek run {study}` computes what follows"
 
 
 def _partition(workspace: Workspace, name: str, site: str, epoch: int, multiplier: float | None, where: str) -> str:

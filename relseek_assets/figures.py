@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 # Okabe and Ito's palette
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-STYLE = {
+STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -55,7 +56,7 @@ def svg(figure: Figure) -> str:
     return stream.getvalue()[stream.getvalue().index("<svg") :]
 
 
-def _styled(frame: pd.DataFrame, by: list[str]) -> Iterator[tuple[str, pd.DataFrame, dict[str, str]]]:
+def _styled(frame: pd.DataFrame, by: list[str]) -> Iterator[tuple[str, pd.DataFrame, dict[str, Any]]]:
     for number, (names, part) in enumerate(frame.groupby(by)):
         label = " ".join(f"epoch {name}" if isinstance(name, int) else str(name) for name in (names if isinstance(names, tuple) else (names,)))
         yield label, part, {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}

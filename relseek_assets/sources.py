@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import dagster as dg
+from dagster._core.definitions.data_version import extract_data_version_from_entry
 
 from relseek_assets.behaviour import FILES
 from relseek_assets.lineage import observation
@@ -88,8 +89,8 @@ def changes(study: Study, instance: dg.DagsterInstance) -> list[dg.AssetObservat
         key = dg.AssetKey([study.name, name])
         version, metadata = look()
         record = instance.get_latest_data_version_record(key, True)
-        known = None if record is None else (record.event_log_entry.asset_observation.tags or {}).get("dagster/data_version")
-        if version != known:
+        known = None if record is None else extract_data_version_from_entry(record.event_log_entry)
+        if known is None or version != known.value:
             found.append(observation(key, version, metadata))
     return found
 
@@ -109,7 +110,7 @@ def changed_files(study: Study) -> dg.SensorDefinition:
         name=f"{study.name}_changed_sources",
         minimum_interval_seconds=30,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Reports a new version of a behaviour file, a model or the published release, so that what was made from the old one shows as stale.",
+        description="Reports new versions of behaviour files, models and the published release, so that what was made from the old shows as stale.",
         asset_selection=dg.AssetSelection.assets(*keys(study)),
     )
     def look(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:

@@ -29,6 +29,7 @@ from relseek_resources.compute import ModelLoader
 from relseek_resources.storage import StorageError, TableSchema, content_version
 
 TABLE, VECTORS, PAGE = "parquet", "safetensors", "html"
+NOTHING: Any = dg.Nothing  # our results pass through files and not through Dagster
 
 
 def store_folder() -> Path:
@@ -255,7 +256,7 @@ class Stage:
                 kinds={"python", form, *kinds},
                 owners=list(self._owners),
                 pool=pool,
-                dagster_type=dg.Nothing,
+                dagster_type=NOTHING,
                 required_resource_keys={"store", "models"},
                 metadata=_column_metadata(schema),
             )

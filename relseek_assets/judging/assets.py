@@ -78,7 +78,7 @@ def build(stage: Stage) -> None:
     @stage.asset(
         group=GROUP,
         version="1",
-        description="The embedded coherence score: perplexity under the unsteered model and repetition, calibrated on intact, shuffled and looped text.",
+        description="The embedded coherence score: perplexity under the unsteered model and repetition, calibrated on damaged text.",
         deps={"preference_pairs": None, "base_models": None},
         settings=[study.seed, study.sampling.max_new_tokens, study.prompts.system, study.models[0].source],
         form=VECTORS,
@@ -222,7 +222,7 @@ def build(stage: Stage) -> None:
     @stage.asset(
         group=GROUP,
         version="1",
-        description="Every pair of doses of every item: which reply shows more of the disposition. The embedded judge compares its own unrounded scores.",
+        description="Every pair of doses of every item: which reply shows more of the disposition, by the judge's unrounded scores.",
         partitions=partitions.site_by_evaluated_epoch,
         deps={"judge_scores": partitions.of_my_doses(), "pairwise_definition": None},
         settings=[study.paired_doses],

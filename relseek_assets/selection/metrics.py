@@ -187,7 +187,8 @@ def candidate(part: pd.DataFrame, items: Sequence[str], counts: np.ndarray) -> C
         name: part.pivot_table(index="item", columns="multiplier", values=name, dropna=False).reindex(index=items, columns=doses).to_numpy(float)
         for name in ("coherence", "rating", "wins", "matches")
     }
-    estimates, draws = {}, {}
+    estimates: dict[str, np.ndarray] = {}
+    draws: dict[str, np.ndarray] = {}
     for found, weights in ((estimates, np.ones((1, len(items)))), (draws, counts)):
         with np.errstate(invalid="ignore", divide="ignore"):
             win_rates = (weights @ np.nan_to_num(grids["wins"])) / (weights @ np.nan_to_num(grids["matches"]))
@@ -200,9 +201,9 @@ def candidate(part: pd.DataFrame, items: Sequence[str], counts: np.ndarray) -> C
 
 def z_scores(values: np.ndarray) -> np.ndarray:
     """z-scores over candidates (first axis) with the population sd; NaN where all candidates are equal."""
-    sd = values.std(axis=0)
+    equal = values.max(axis=0) == values.min(axis=0)  # the sd of equal numbers need not round to 0
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(sd > 0, (values - values.mean(axis=0)) / sd, np.nan)
+        return np.where(equal, np.nan, (values - values.mean(axis=0)) / values.std(axis=0))
 
 
 def combined(candidates: Sequence[Candidate], slope_name: str, weight: float, *, of_draws: bool = False) -> np.ndarray:
@@ -215,9 +216,10 @@ def combined(candidates: Sequence[Candidate], slope_name: str, weight: float, *,
 
 def pareto_set(points: np.ndarray) -> np.ndarray:
     """Which of the points (candidates, 2) no other weakly dominates: at least as large on both, larger on one."""
-    at_least = (points[None, :, :] >= points[:, None, :]).all(-1)
-    larger = (points[None, :, :] > points[:, None, :]).any(-1)
-    return ~(at_least & larger).any(1)
+    at_least: np.ndarray = (points[None, :, :] >= points[:, None, :]).all(-1)
+    larger: np.ndarray = (points[None, :, :] > points[:, None, :]).any(-1)
+    dominated: np.ndarray = at_least & larger
+    return ~dominated.any(1)
 
 
 def winners(scores: np.ndarray) -> np.ndarray:
@@ -282,7 +284,7 @@ def sensitivity(candidates: Sequence[Candidate]) -> pd.DataFrame:
     for weight in WEIGHTS:
         scores = combined(candidates, steer, weight)
         shares = np.ones(1) if len(candidates) == 1 else winners(combined(candidates, steer, weight, of_draws=True))
-        best = int(np.nanargmax(scores)) if np.isfinite(scores).any() else 0
+        best = 0 if len(candidates) == 1 else int(np.nanargmax(scores)) if np.isfinite(scores).any() else -1
         for place, found in enumerate(candidates):
             keys = {"weight": weight, "site": found.site, "epoch": found.epoch}
             rows.append({**keys, "score": scores[place], "best": place == best, "share": float(shares[place])})

@@ -107,15 +107,15 @@ def cache_pairs(
     prompts: list[list[int]] = []
     replies: list[tuple[list[int], list[int]]] = []
     too_long = 0
-    for pair in pairs:
+    for candidate in pairs:
         if count and len(kept) == count:
             break
-        prompt = model.prompt_tokens(pair.prompt)
-        both = (model.reply_tokens(pair.chosen), model.reply_tokens(pair.rejected))
+        prompt = model.prompt_tokens(candidate.prompt)
+        both = (model.reply_tokens(candidate.chosen), model.reply_tokens(candidate.rejected))
         if len(prompt) + max(map(len, both)) > max_tokens:
             too_long += 1
             continue
-        kept.append(pair)
+        kept.append(candidate)
         prompts.append(prompt)
         replies.append(both)
     if not kept:
@@ -206,7 +206,10 @@ def train(
     optimiser = torch.optim.AdamW([vector], lr=schedule.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=schedule.weight_decay)
     batches = [epoch_batches(training, epoch, schedule.batch_size, seed) for epoch in range(1, schedule.epochs + 1)]
     steps = sum(map(len, batches))
-    vectors, losses, directions, evaluations = [], [], [], []
+    vectors: list[np.ndarray] = []
+    losses: list[float] = []
+    directions: list[int] = []
+    evaluations: list[Evaluation] = []
     for epoch, epoch_rows in enumerate(batches, 1):
         for number, rows in enumerate(epoch_rows):
             direction = 1 if keyed_seed(seed, "direction", epoch, number) % 2 else -1

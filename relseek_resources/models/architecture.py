@@ -14,11 +14,11 @@ from torch import nn
 from relseek_resources.models.loading import ModelError
 
 
-def text_config(model: nn.Module) -> Any:
+def text_config(model: Any) -> Any:
     return model.config.get_text_config()
 
 
-def decoder_blocks(model: nn.Module) -> nn.ModuleList:
+def decoder_blocks(model: Any) -> nn.ModuleList:
     """The list of decoder blocks: the one ModuleList with as many entries as the configuration has hidden layers.
 
     Raises:
@@ -38,7 +38,7 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     return next(iter(found.values()))
 
 
-def check_plain_logits(model: nn.Module) -> None:
+def check_plain_logits(model: Any) -> None:
     """Refuse families that scale logits by a factor of their own (Cohere, Granite), which `logits_of` does not apply."""
     config = text_config(model)
     for name in ("logit_scale", "logits_scaling"):
@@ -46,7 +46,7 @@ def check_plain_logits(model: nn.Module) -> None:
             raise ModelError(f"{type(model).__name__}: its {name} is not supported; log-probabilities would be wrong")
 
 
-def logits_of(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Float32 logits (..., vocabulary) of final hidden states (..., width), with Gemma's soft cap where it is set."""
     logits = model.get_output_embeddings()(hidden).float()
     cap = getattr(text_config(model), "final_logit_softcapping", None)
@@ -63,7 +63,7 @@ def with_stream(output: Any, stream: torch.Tensor) -> Any:
     return (stream, *output[1:]) if isinstance(output, tuple) else stream
 
 
-def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     """Every token id that ends a reply: the tokenizer's and the generation configuration's."""
     ends: set[int] = set()
     for value in (tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)):

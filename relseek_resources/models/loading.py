@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from relseek_resources.storage import file_sha256, replaced_folder
 
@@ -186,7 +186,7 @@ def load(
     try:
         with _Quiet():
             tokenizer = AutoTokenizer.from_pretrained(where)
-            model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype))
+            model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
         raise ModelError(f"model {source}: {error}; name a local folder, a hub model that this machine can reach, or embedded:NAME") from error
     if not tokenizer.chat_template:

@@ -74,7 +74,7 @@ class SteeredModel:
     ...     replies = model.generate([[{"role": "user", "content": "Hello"}]])
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any) -> None:
         architecture.check_plain_logits(model)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -248,7 +248,9 @@ class SteeredModel:
 
     def reply_log_probs(self, hidden: torch.Tensor, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Log-probability of each reply token from right-padded hidden states; logits are made for those tokens only."""
-        rows, places, targets = [], [], []
+        rows: list[int] = []
+        places: list[int] = []
+        targets: list[int] = []
         for row, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
             rows += [row] * len(reply)
             places += range(len(prompt) - 1, len(prompt) + len(reply) - 1)
