@@ -16,7 +16,7 @@ from relseek_assets.behaviour import FILES, read_graded_replies, read_rubric
 from relseek_assets.dataset.pairs import training_pairs
 from relseek_assets.judging import tables
 from relseek_assets.stage import VECTORS, Stage, Work, plot
-from relseek_resources.judges import coherence, embedded
+from relseek_resources.judges import coherence, embedded, embedding
 from relseek_resources.release import Absent, Release, ScoredReply
 
 GROUP = "judging"
@@ -172,11 +172,14 @@ def build(stage: Stage) -> None:
                 scored = read()
             except Absent as absent:
                 status = str(absent)
+            texts = [row.text for row in scored or []]
+            with work.progress(len(texts), "text", "published replies") as report:
+                embeddings = embedding.embed(texts, on_batch=report)
             for name, candidate in judges.items():
                 if scored is None:
                     rows.append(tables.quality(name, "spearman", against, None, None, None, 0, status))
                 else:
-                    rho = tables.rank_correlation(candidate.scores([row.text for row in scored]), [row.score for row in scored])
+                    rho = tables.rank_correlation(candidate.scores(texts, embeddings), [row.score for row in scored])
                     rows.append(tables.quality(name, "spearman", against, *rho, len(scored)))
         drawn = pd.DataFrame({"author": [row.score for row in graded], "judged": judged})
         yield work.table(None, tables.quality_table(rows), {"plot": plot(figures.graded_replies(drawn))})

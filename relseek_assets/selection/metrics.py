@@ -216,10 +216,9 @@ def combined(candidates: Sequence[Candidate], slope_name: str, weight: float, *,
 
 def pareto_set(points: np.ndarray) -> np.ndarray:
     """Which of the points (candidates, 2) no other weakly dominates: at least as large on both, larger on one."""
-    at_least: np.ndarray = (points[None, :, :] >= points[:, None, :]).all(-1)
-    larger: np.ndarray = (points[None, :, :] > points[:, None, :]).any(-1)
-    dominated: np.ndarray = at_least & larger
-    return ~dominated.any(1)
+    at_least = np.all(points[None, :, :] >= points[:, None, :], axis=-1)
+    larger = np.any(points[None, :, :] > points[:, None, :], axis=-1)
+    return np.logical_not(np.any(np.logical_and(at_least, larger), axis=1))
 
 
 def winners(scores: np.ndarray) -> np.ndarray:

@@ -35,9 +35,9 @@ class Features:
     vocabulary: tuple[str, ...]
     rarity: np.ndarray  # inverse document frequency, one a word
 
-    def __call__(self, texts: Sequence[str], on_batch: Callable[[int], None] = lambda rows: None) -> np.ndarray:
-        """(texts, 384 + words), float64."""
-        return np.hstack([embed(texts, on_batch=on_batch), self._weights(texts)])
+    def __call__(self, texts: Sequence[str], embeddings: np.ndarray | None = None) -> np.ndarray:
+        """(texts, 384 + words), float64; `embeddings` are those of the texts where somebody has them already."""
+        return np.hstack([embed(texts) if embeddings is None else embeddings, self._weights(texts)])
 
     def _weights(self, texts: Sequence[str]) -> np.ndarray:
         place = {word: column for column, word in enumerate(self.vocabulary)}
@@ -64,16 +64,16 @@ class EmbeddedJudge:
     slope: float
     offset: float
 
-    def projections(self, texts: Sequence[str], on_batch: Callable[[int], None] = lambda rows: None) -> np.ndarray:
+    def projections(self, texts: Sequence[str], embeddings: np.ndarray | None = None) -> np.ndarray:
         """Log-odds of 'target' before calibration, shape (texts,)."""
-        return self.features(texts, on_batch) @ self.weights + self.intercept
+        return self.features(texts, embeddings) @ self.weights + self.intercept
 
     def scale(self, projections: np.ndarray) -> np.ndarray:
         """Scores from 1 (anti-target) to 10 (target) of projections, shape (texts,)."""
         return LOW + (HIGH - LOW) * expit(self.slope * projections + self.offset)
 
-    def scores(self, texts: Sequence[str], on_batch: Callable[[int], None] = lambda rows: None) -> np.ndarray:
-        return self.scale(self.projections(texts, on_batch))
+    def scores(self, texts: Sequence[str], embeddings: np.ndarray | None = None) -> np.ndarray:
+        return self.scale(self.projections(texts, embeddings))
 
     def arrays(self) -> dict[str, np.ndarray]:
         curve = np.array([self.intercept, self.slope, self.offset], dtype=np.float32)
@@ -114,7 +114,8 @@ def fit(
     """
     vectoriser = TfidfVectorizer(token_pattern=WORD, min_df=2, sublinear_tf=True).fit([*chosen, *rejected])
     features = Features(tuple(vectoriser.get_feature_names_out()), vectoriser.idf_)
-    rows = features([*chosen, *rejected], on_batch)
+    texts = [*chosen, *rejected]
+    rows = features(texts, embed(texts, on_batch=on_batch))
     labels = np.repeat([1, 0], [len(chosen), len(rejected)])
     owners = np.array([*conversations, *conversations])
     folds = list(GroupKFold(min(5, len(set(conversations)))).split(rows, labels, owners))
