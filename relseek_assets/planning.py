@@ -6,10 +6,12 @@ Here belong the plan, its estimate and its execution in this process. How stalen
 from __future__ import annotations
 
 import difflib
+import fcntl
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,6 +177,26 @@ class Workspace:
         Raises:
             PlanError: a step failed; what was finished before it is kept, and a second call goes on from there.
         """
+        with self._alone():
+            return self._run(select, say)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the study's lock, which dies with the process, so that two runs do not compute the same partitions."""
+        folder = Path(self.instance.root_directory) / ".locks"
+        folder.mkdir(exist_ok=True)
+        with (folder / self.study.name).open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                lock.seek(0)
+                raise PlanError(f"study {self.study.name} is being run by process {lock.read().strip() or '?'}; wait for it or end it") from error
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            yield
+
+    def _run(self, select: Sequence[str], say: Callable[[str], None]) -> int:
         self.end_dead_runs()
         planned = self.plan(select)
         done = 0
@@ -238,14 +260,22 @@ class Workspace:
         return sources.observe(self.study, self.instance)
 
     def end_dead_runs(self) -> int:
-        """Mark runs of a killed `relseek run` as failed and give back the pool slots that they held; return how many."""
-        dead = 0
+        """Mark runs of a killed `relseek run` as failed and give back the pool slots that they held; return how many.
+
+        Temporary files that they left are cleared away, unless another run lives that may be writing one.
+        """
+        dead = alive = 0
         for run in self.instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING])):
             host, _, process = run.tags.get(PROCESS_TAG, "").partition(":")
             if host == socket.gethostname() and not _alive(int(process)):
                 self.instance.report_run_failed(run, "the process that ran this was killed; `relseek run` goes on from there")
                 self.instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
                 dead += 1
+            else:
+                alive += 1
+        if dead and not alive:
+            for leftover in self.path("report", None).parent.parent.rglob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
         return dead
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import dagster as dg
 
 from relseek_resources import models
-from relseek_resources.models import SteeredModel
+
+if TYPE_CHECKING:
+    from relseek_resources.models import SteeredModel
 
 
 class ModelSettings(Protocol):

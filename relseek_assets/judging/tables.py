@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import spearmanr
 
 from relseek_assets.behaviour import Rubric
 from relseek_resources.storage import Column, TableSchema
@@ -174,6 +173,8 @@ def auc(positive: np.ndarray, negative: np.ndarray) -> float:
 
 def rank_correlation(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
     """Spearman's ρ with a 95% interval by Fisher's z (standard error 1.06 / sqrt(n - 3), Fieller et al. 1957)."""
+    from scipy.stats import spearmanr
+
     rho = float(spearmanr(first, second).statistic)
     half = NormalDist().inv_cdf(0.975) * np.sqrt(1.06 / (len(first) - 3))
     z = np.arctanh(np.clip(rho, -0.999999, 0.999999))

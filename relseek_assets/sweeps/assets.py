@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import dagster as dg
 import numpy as np
@@ -20,7 +21,10 @@ from relseek_assets.partitions import cell_of, multi_key, step_key
 from relseek_assets.stage import Stage, Work, plot
 from relseek_assets.study import layer_of
 from relseek_assets.sweeps import tables
-from relseek_resources.models import Sampling, SteeredModel
+from relseek_resources.models.sampling import Sampling
+
+if TYPE_CHECKING:
+    from relseek_resources.models import SteeredModel
 
 GROUP = "sweeps"
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from relseek_resources.models import Reply
 from relseek_resources.storage import Column, TableSchema, keyed_seed
+
+if TYPE_CHECKING:
+    from relseek_resources.models import Reply
 
 KEYS = (
     Column("site", "string", "model and layer"),

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import dagster as dg
 import pandas as pd
@@ -15,14 +16,19 @@ from relseek_assets.dataset.pairs import heldout_pairs, training_pairs
 from relseek_assets.partitions import cell_of
 from relseek_assets.stage import VECTORS, Stage, Work, plot
 from relseek_assets.study import layer_of
-from relseek_assets.vectors import bipo, tables
+from relseek_assets.vectors import tables
+
+if TYPE_CHECKING:
+    from relseek_assets.vectors.bipo import Pair
 
 GROUP = "vectors"
 
 
-def bipo_pairs(work: Work, frame: pd.DataFrame) -> list[bipo.Pair]:
+def bipo_pairs(work: Work, frame: pd.DataFrame) -> list[Pair]:
+    from relseek_assets.vectors.bipo import Pair
+
     system = {"role": "system", "content": work.study.prompts.system}
-    return [bipo.Pair(row.pair, [system, *row.prompt], row.chosen, row.rejected) for row in frame.itertuples()]
+    return [Pair(row.pair, [system, *row.prompt], row.chosen, row.rejected) for row in frame.itertuples()]
 
 
 def build(stage: Stage) -> None:
@@ -42,6 +48,8 @@ def build(stage: Stage) -> None:
         seconds=120,
     )
     def training_run(work: Work) -> Iterator[dg.AssetMaterialization]:
+        from relseek_assets.vectors import bipo  # brings torch, which planning does not need
+
         pairs = work.read_table("preference_pairs")
         for model_settings in study.models:
             sites = [site for site in work.partitions if site and study.model_of(site) == model_settings]

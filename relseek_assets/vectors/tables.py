@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from relseek_assets.vectors.bipo import TrainedVector
 from relseek_resources.storage import Column, TableSchema
+
+if TYPE_CHECKING:
+    from relseek_assets.vectors.bipo import TrainedVector
 
 SITE = Column("site", "string", "model and layer")
 EPOCH = Column("epoch", "integer", "training epoch", low=1)

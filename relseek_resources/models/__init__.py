@@ -1,10 +1,29 @@
 """Language models: loading, steering, batched generation, scoring and activations.
 
-`from relseek_resources.models import SteeredModel` is the notebook's door. BiPO training lives in `relseek_assets.vectors`.
+`from relseek_resources.models import SteeredModel` is the notebook's door. BiPO training lives in `relseek_assets.vectors`. Names are looked
+up when they are used, so that what needs no model does not wait for torch.
 """
 
-from relseek_resources.models.loading import ModelDescription, ModelError, describe, load
-from relseek_resources.models.sampling import Sampling
-from relseek_resources.models.steered import Reply, SteeredModel, TokenScores
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from relseek_resources.models.loading import ModelDescription, ModelError, describe, load
+    from relseek_resources.models.sampling import Sampling
+    from relseek_resources.models.steered import Reply, SteeredModel, TokenScores
+
+HOMES = {
+    **dict.fromkeys(("ModelDescription", "ModelError", "describe", "load"), "loading"),
+    "Sampling": "sampling",
+    **dict.fromkeys(("Reply", "SteeredModel", "TokenScores"), "steered"),
+}
 
 __all__ = ["ModelDescription", "ModelError", "Reply", "Sampling", "SteeredModel", "TokenScores", "describe", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__} has no {name!r}; it offers {', '.join(__all__)}")
+    return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)

@@ -6,9 +6,12 @@ Here belongs the draw and nothing else, so that a row's reply depends on its see
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tor
     Returns:
         (rows,) token ids, int64.
     """
+    import torch
+
     if sampling.temperature == 0:
         return logits.argmax(-1)
     probabilities = torch.softmax(logits.double() / sampling.temperature, -1)
