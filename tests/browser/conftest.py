@@ -1,0 +1,187 @@
+"""A real Dagster UI with its daemon on a study whose judges are fitted and whose vectors are trained, and a headless browser in front of it.
+
+`relseek ui` runs as a user starts it, in a process of its own with a Dagster home of its own. Screenshots go to the folder that
+RELSEEK_SCREENSHOTS names, or else to a temporary one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import requests
+
+from tests.platform.conftest import CHECKOUT, Platform, judged_session, tiny_model_folder  # noqa: F401  (fixtures)
+
+WIDTH, HEIGHT = 1400, 900
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+START_SECONDS = 90  # about 15 on an idle machine
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker runs them all, since they share a UI."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.browser)
+            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.xdist_group("browser"))
+
+
+def wait_for(what: str, found: Callable[[], Any], seconds: float) -> Any:
+    """The first true answer; fails saying what was waited for."""
+    end = time.monotonic() + seconds
+    while not (answer := found()):
+        if time.monotonic() > end:
+            pytest.fail(f"waited {seconds:.0f} s in vain for {what}")
+        time.sleep(0.5)
+    return answer
+
+
+@dataclass
+class Ui:
+    """The UI of a platform: its address, its log, and questions to it in GraphQL."""
+
+    platform: Platform
+    url: str
+    log: Path
+
+    def ask(self, query: str, **variables: Any) -> Any:
+        answer = requests.post(f"{self.url}/graphql", json={"query": query, "variables": variables}, timeout=60).json()
+        assert "errors" not in answer, answer["errors"]
+        return answer["data"]
+
+    def is_ready(self) -> bool:
+        """Whether every code location has loaded and the daemon is at work."""
+        try:
+            answer = self.ask(READY)
+        except requests.RequestException:
+            return False
+        entries = answer["workspaceOrError"].get("locationEntries", [])
+        daemons = answer["instance"]["daemonHealth"]["allDaemonStatuses"]
+        return (
+            bool(entries)
+            and all(entry["loadStatus"] == "LOADED" for entry in entries)
+            and any(daemon["daemonType"] == "SENSOR" and daemon["healthy"] for daemon in daemons)
+        )
+
+    def text(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+READY = """
+{
+  workspaceOrError { ... on Workspace { locationEntries { name loadStatus } } }
+  instance { daemonHealth { allDaemonStatuses { daemonType healthy } } }
+}
+"""
+
+
+@contextlib.contextmanager
+def serving(platform: Platform) -> Iterator[Ui]:
+    """`relseek ui` on a free port until the block ends, whatever ends it; then nothing that it started is left."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = platform.folder / "ui.log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "relseek_assets.cli", "ui", str(platform.study_file), "--port", str(port)],
+            env=platform.environment(),
+            cwd=CHECKOUT,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    ui = Ui(platform, f"http://127.0.0.1:{port}", log)
+    try:
+        end = time.monotonic() + START_SECONDS
+        while not ui.is_ready():
+            assert process.poll() is None and time.monotonic() < end, f"the UI did not start:\n{ui.text()[-4000:]}"
+            time.sleep(0.5)
+        ui.ask("mutation { setNuxSeen }")  # or a pop-up about the community covers the page
+        yield ui
+    finally:
+        end_all(process)
+
+
+def end_all(process: subprocess.Popen[bytes]) -> None:
+    """End the UI and everything that it started: webserver, daemon, code servers and runs."""
+    started = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        started = psutil.Process(process.pid).children(recursive=True)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=15)
+    _, alive = psutil.wait_procs(started, timeout=3)
+    for child in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=15)
+
+
+@pytest.fixture(scope="session")
+def ui(judged_session: Platform, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:  # noqa: F811
+    """The UI on a study with fitted judges and trained vectors, of which no reply is generated and no judge's calibration is there."""
+    platform = judged_session.copy(tmp_path_factory.mktemp("browser"))
+    done = platform.process("run", "STUDY", "--select", "steering_vectors")
+    assert done.returncode == 0, done.stdout + done.stderr
+    with serving(platform) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the browser tests need the package playwright")
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip("the browser tests need Chromium on the PATH")
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=program, args=FLAGS)
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="session")
+def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    configured = os.environ.get("RELSEEK_SCREENSHOTS")
+    folder = Path(configured) if configured else tmp_path_factory.mktemp("screenshots")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def page(browser: Any, ui: Ui, screenshots: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A new window on the UI. Where a test fails, its last sight is among the screenshots."""
+    context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT}, base_url=ui.url, locale="en-GB")
+    context.set_default_timeout(30_000)
+    found = context.new_page()
+    failed = request.session.testsfailed
+    yield found
+    if request.session.testsfailed > failed:
+        found.screenshot(path=screenshots / f"failed_{request.node.name}.png")
+    context.close()

@@ -1,0 +1,164 @@
+"""The judges' tables and their statistics, against sklearn, scipy, closed forms and examples by hand."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from math import comb
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+from relseek_assets.behaviour import Band, Rubric
+from relseek_assets.judging import tables
+
+BANDS = tuple(Band(low, high, f"band {low}", "anchor") for low, high in ((1, 1), (2, 3), (4, 5), (6, 7), (8, 9), (10, 10)))
+WARMTH = Rubric("warmth", 1, 10, "How warm?", "Rate.", BANDS)
+NAN = float("nan")
+
+few_values = st.lists(st.integers(0, 5), min_size=1, max_size=20)
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(few_values, few_values)
+def test_auc_is_that_of_sklearn_ties_included(positive: list[int], negative: list[int]) -> None:
+    labels = [1] * len(positive) + [0] * len(negative)
+    assert tables.auc(np.array(positive), np.array(negative)) == pytest.approx(roc_auc_score(labels, [*positive, *negative]))
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 12), (1, 12), (7, 12), (12, 12), (950, 1000), (1, 1)])
+def test_wilson_intervals_are_those_of_scipy(successes: int, n: int) -> None:
+    expected = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    assert tables.wilson(successes, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_rank_correlation_is_that_of_scipy_ties_included() -> None:
+    generator = np.random.default_rng(4)
+    first = generator.integers(1, 11, 200).astype(float)
+    second = first + generator.normal(0, 3, 200).round()
+    rho, low, high = tables.rank_correlation(first, second)
+    assert rho == pytest.approx(stats.spearmanr(first, second).statistic)
+    assert np.arctanh([low, high]) == pytest.approx(np.arctanh(rho) + stats.norm.ppf([0.025, 0.975]) * np.sqrt(1.06 / 197))
+
+
+def test_the_interval_of_a_rank_correlation_covers_it_95_times_in_100() -> None:
+    """True ρ of a bivariate normal with r = 0.6: (6 / π) arcsin(r / 2)."""
+    truth = 6 / np.pi * np.arcsin(0.3)
+    generator = np.random.default_rng(5)
+    inside = 0
+    for _ in range(400):
+        first, noise = generator.standard_normal((2, 60))
+        _, low, high = tables.rank_correlation(first, 0.6 * first + 0.8 * noise)
+        inside += low < truth < high
+    assert 0.92 < inside / 400 < 0.98
+
+
+def test_perfect_agreement_has_a_finite_interval() -> None:
+    rho, low, high = tables.rank_correlation(range(20), range(20))
+    assert rho == pytest.approx(1)
+    assert 0.99 < low <= high <= 1
+
+
+def test_a_calibration_curve_by_hand() -> None:
+    curve = tables.calibration_curve(np.array([0.05, 0.08, 0.51, 0.59, 0.99, 1.0]), np.array([0, 1, 1, 1, 1, 0]))
+    assert list(curve["low"]) == pytest.approx([0, 0.5, 0.9])
+    assert list(curve["n"]) == [2, 2, 2]
+    assert list(curve["predicted"]) == pytest.approx([0.065, 0.55, 0.995])
+    assert list(curve["observed"]) == [0.5, 1, 0.5]
+    assert (curve["lower"] < curve["observed"]).all()
+    assert tables.JUDGE_CALIBRATION.to_arrow(curve, "curve").num_rows == 3
+
+
+def test_a_calibrated_forecast_lies_on_the_diagonal() -> None:
+    generator = np.random.default_rng(6)
+    chances = generator.random(20000)
+    curve = tables.calibration_curve(chances, (generator.random(20000) < chances).astype(float))
+    assert len(curve) == 10
+    assert curve["n"].sum() == 20000
+    assert ((curve["lower"] - 0.01 < curve["predicted"]) & (curve["predicted"] < curve["upper"] + 0.01)).all()
+
+
+def test_a_proportion_comes_with_its_interval_and_n() -> None:
+    row = tables.proportion("judge", "pair_accuracy", "held-out pairs", np.array([True] * 19 + [False]))
+    expected = stats.binomtest(19, 20).proportion_ci(0.95, method="wilson")
+    assert (row["value"], row["n"], row["status"]) == (0.95, 20, "measured")
+    assert (row["lower"], row["upper"]) == pytest.approx((expected.low, expected.high))
+
+
+def test_what_was_absent_is_a_row_without_a_value() -> None:
+    frame = tables.quality_table([tables.quality("judge", "spearman", "published", None, None, None, 0, "absent: scores.jsonl")])
+    assert tables.JUDGE_QUALITY.to_arrow(frame, "quality").to_pylist()[0]["value"] is None
+    assert frame["status"][0] == "absent: scores.jsonl"
+
+
+# --- score rows -------------------------------------------------------------------------------------------------------
+
+
+def replies(*texts: str) -> pd.DataFrame:
+    rows = [{"site": "m:L03", "epoch": 2, "multiplier": 0.5, "item": f"i{number}", "reply": text} for number, text in enumerate(texts)]
+    return pd.DataFrame(rows, index=range(10, 10 + len(texts)))
+
+
+def test_a_reply_has_its_score_and_the_band_that_holds_it() -> None:
+    frame = tables.score_rows(replies("one", "two", "three"), WARMTH, "judge", np.array([1.2, 3.7, 10.0]))
+    assert list(frame["score"]) == [1.2, 3.7, 10.0]
+    assert list(frame["band"]) == ["band 1", "band 2", "band 10"]
+    assert set(frame["status"]) == {"scored"}
+    assert set(frame["rubric"]) == {"warmth"}
+    assert (frame["cost_usd"] == 0).all()
+
+
+def test_an_empty_reply_has_a_status_and_no_score() -> None:
+    frame = tables.score_rows(replies("one", " \n", ""), WARMTH, "judge", np.array([5.0, 6.0, 7.0]))
+    assert list(frame["status"]) == ["scored", "empty_reply", "empty_reply"]
+    assert frame["score"].isna().tolist() == [False, True, True]
+    assert [row["band"] for row in tables.JUDGE_SCORES.to_arrow(frame, "scores").to_pylist()] == ["band 4", None, None]
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def scored(by_dose: dict[float, float], item: str = "i0", site: str = "m:L03") -> pd.DataFrame:
+    return pd.DataFrame({"site": site, "epoch": 2, "judge": "judge", "item": item, "multiplier": list(by_dose), "score": list(by_dose.values())})
+
+
+def test_pairs_of_doses_by_hand_with_a_tie_and_an_unscored_reply() -> None:
+    frame = tables.pair_rows(scored({1.0: 7.0, -1.0: 3.0, 0.0: 7.0, 2.0: NAN}), [-1.0, 0.0, 1.0, 2.0])
+    written = tables.JUDGE_PAIRS.to_arrow(frame, "pairs").to_pylist()
+    found = {(row["multiplier_a"], row["multiplier_b"]): (row["winner"], row["status"]) for row in written}
+    assert found == {
+        (-1.0, 0.0): ("b", "judged"),
+        (-1.0, 1.0): ("b", "judged"),
+        (-1.0, 2.0): (None, "unscored"),
+        (0.0, 1.0): (None, "tie"),
+        (0.0, 2.0): (None, "unscored"),
+        (1.0, 2.0): (None, "unscored"),
+    }
+
+
+def test_the_smaller_dose_may_win() -> None:
+    frame = tables.pair_rows(scored({-1.0: 8.0, 1.0: 3.0}), [-1.0, 1.0])
+    assert list(frame["winner"]) == ["a"]
+
+
+@pytest.mark.parametrize(("doses", "expected"), [(2, 1), (7, 21), (9, 36), (15, 105)])
+def test_n_doses_make_n_choose_2_pairs_an_item(doses: int, expected: int) -> None:
+    assert expected == comb(doses, 2)
+    grid = list(np.linspace(-4, 4, doses))
+    scores = pd.concat(scored(dict(zip(grid, np.random.default_rng(item).random(doses), strict=True)), f"i{item}") for item in range(3))
+    frame = tables.pair_rows(scores, grid)
+    assert len(frame) == 3 * expected
+    assert set(frame[["multiplier_a", "multiplier_b"]].itertuples(index=False, name=None)) == set(combinations(grid, 2))
+
+
+def test_only_the_paired_doses_meet_and_only_within_a_site_and_item() -> None:
+    scores = pd.concat([scored({-2.0: 1.0, 0.0: 2.0, 2.0: 3.0}), scored({0.0: 5.0}, "i1"), scored({0.0: 5.0, 2.0: 1.0}, site="m:L15")])
+    frame = tables.pair_rows(scores, [0.0, 2.0])
+    assert list(frame[["site", "item", "winner"]].itertuples(index=False, name=None)) == [("m:L03", "i0", "b"), ("m:L15", "i0", "a")]

@@ -1,0 +1,150 @@
+"""The `relseek` command: what it says of itself, of studies and of what a run would do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from relseek_assets.cli import main
+from relseek_assets.study import load_study
+
+
+def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    for name, command in group.commands.items():
+        yield (*path, name), command
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+
+
+ALL = dict(commands(main))
+
+
+def test_the_first_screen_shows_the_usual_round() -> None:
+    shown = CliRunner().invoke(main, ["--help"]).output
+    for line in (
+        "relseek studies",
+        "relseek run quickstart --dry-run",
+        "relseek report quickstart",
+        "relseek table quickstart selection",
+        "relseek ui",
+    ):
+        assert line in shown
+    assert "http://localhost:3000" in shown
+
+
+@pytest.mark.parametrize("path", ALL, ids=" ".join)
+def test_every_command_teaches_its_use(path: tuple[str, ...]) -> None:
+    """A line of what it does ends in a full stop; every option says what it is for or what it may be; every file argument is described."""
+    command = ALL[path]
+    shown = CliRunner().invoke(main, [*path, "--help"])
+    assert shown.exit_code == 0
+    assert command.help
+    assert command.help.splitlines()[0].rstrip().endswith(".")
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help or parameter.show_default or isinstance(parameter.type, click.Choice), f"{' '.join(path)} {parameter.opts}"
+        else:
+            assert (parameter.metavar or parameter.human_readable_name).strip("[].").upper() in shown.output
+    if any(argument.human_readable_name == "FILE" for argument in command.params):
+        assert "FILE is" in command.help, "what the file must hold"
+
+
+def test_every_command_that_the_first_screen_names_exists() -> None:
+    assert {("studies",), ("run",), ("status",), ("table",), ("report",), ("diff",), ("ui",)} <= ALL.keys()
+    assert {("import", "vector"), ("import", "generations"), ("import", "scores")} <= ALL.keys()
+
+
+def test_studies_lists_what_ships_with_the_size_of_its_grid() -> None:
+    shown = CliRunner().invoke(main, ["studies"])
+    study = load_study("quickstart")
+    line = next(line for line in shown.output.splitlines() if line.startswith("quickstart "))
+    assert f"{len(study.sites)} sites x {len(study.doses.generated)} doses" in line
+    assert study.title in shown.output
+    assert str(study.path) in shown.output
+
+
+def test_an_unknown_study_suggests_the_one_that_was_meant(blank: Any) -> None:
+    shown = blank.command("status", "quickstrat")
+    assert shown.exit_code == 1
+    assert "did you mean 'quickstart'?" in shown.output
+    absent = blank.command("run", blank.folder / "absent.toml")
+    assert absent.exit_code == 1
+    assert "absent.toml: no such study file" in absent.output
+
+
+def test_an_unknown_asset_suggests_the_one_that_was_meant(blank: Any) -> None:
+    shown = blank.command("run", "STUDY", "--select", "generation")
+    assert shown.exit_code == 1
+    assert "no asset 'generation'" in shown.output
+    assert "did you mean 'generations'?" in shown.output
+
+
+def test_a_home_without_its_configuration_is_named(blank: Any) -> None:
+    (blank.home / "dagster.yaml").unlink()
+    shown = blank.command("status", "STUDY")
+    assert shown.exit_code == 1
+    assert str(blank.home) in shown.output
+    assert "DAGSTER_HOME" in shown.output
+
+
+def test_a_dry_run_prints_the_plan_and_writes_no_asset(blank: Any) -> None:
+    shown = blank.command("run", "STUDY", "--dry-run")
+    assert shown.exit_code == 0, shown.output
+    rows = {
+        line.split()[0]: line.split()[1]
+        for line in shown.output.splitlines()
+        if line and line.split()[0] in ("training_run", "generations", "report")
+    }
+    # two sites; two sites x two epochs x three doses; one page
+    assert rows == {"training_run": "2", "generations": "12", "report": "1"}
+    assert "USD" in shown.output
+    assert "a stated estimate" in shown.output
+    assert blank.stored() == {}
+    with blank.workspace() as workspace:
+        assert workspace.instance.get_runs() == []
+        assert {state.status for state in workspace.states().values()} == {"missing"}
+
+
+def test_a_selection_plans_what_it_needs_and_no_more(blank: Any) -> None:
+    shown = blank.command("run", "STUDY", "--dry-run", "--select", "steering_vectors")
+    planned = {line.split()[0] for line in shown.output.splitlines() if line.endswith("missing")}
+    assert planned == {"preference_pairs", "training_run", "steering_vectors"}
+
+
+def test_status_as_json_has_a_row_for_every_partition(finished: Any) -> None:
+    rows = json.loads(finished.command("status", "STUDY", "--format", "json").output)
+    assert set(rows[0]) == {"asset", "partition", "status", "reason", "version"}
+    assert {row["status"] for row in rows} == {"fresh"}
+    generations = [row["partition"] for row in rows if row["asset"] == "generations"]
+    assert len(generations) == len(set(generations)) == 12
+    assert "m:L01|e02@-1_0" in generations
+    assert all(len(row["version"]) == 16 for row in rows)
+
+
+def test_status_in_words_counts_by_asset_and_lists_partitions_when_asked(finished: Any) -> None:
+    next((finished.files / "selection").iterdir()).unlink()
+    plain = finished.command("status", "STUDY").output.splitlines()
+    counts = {line.split()[0]: line.split()[1:5] for line in plain[1:]}
+    assert counts["generations"] == ["0", "0", "12", "0"]
+    assert counts["selection"] == ["1", "0", "0", "0"]
+    assert counts["report"] == ["0", "1", "0", "0"]
+    assert "m:L02|e03@1_0" in finished.command("status", "STUDY", "--partitions").output
+
+
+def test_the_report_is_one_page_that_needs_nothing_from_outside(finished: Any) -> None:
+    page = finished.folder / "page.html"
+    shown = finished.command("report", "STUDY", "--output", page)
+    assert shown.exit_code == 0, shown.output
+    assert f"report: {page}" in shown.output
+    text = page.read_text(encoding="utf-8")
+    assert text.lstrip().lower().startswith("<!doctype html>")
+    for outside in ('src="http', "src='http", "@import", '<link rel="stylesheet"', "<script src"):
+        assert outside not in text
+    with finished.workspace() as workspace:
+        version = workspace.lineage().version(workspace.stage.key("selection"), None)
+    assert version in text, "the page names the data version of what it shows"

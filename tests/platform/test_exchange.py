@@ -1,0 +1,337 @@
+"""Files from elsewhere become partitions with their provenance and flow on; tables leave in three forms; two studies are compared."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+CELL = "m:L01|e03@1_0"
+
+
+def rows_of(platform: Any, asset: str, *more: str) -> list[dict[str, Any]]:
+    shown = platform.command("table", "STUDY", asset, "--format", "json", *more)
+    assert shown.exit_code == 0, shown.output
+    return json.loads(shown.output)
+
+
+def states(platform: Any) -> dict[tuple[str, str | None], str]:
+    with platform.workspace() as workspace:
+        return {(name, None if partition is None else str(partition)): state.status for (name, partition), state in workspace.states().items()}
+
+
+def metadata(platform: Any, asset: str, partition: str) -> dict[str, Any]:
+    with platform.workspace() as workspace:
+        record = workspace.lineage().record(workspace.stage.key(asset), partition)
+    return {name: entry.value for name, entry in record.event_log_entry.asset_materialization.metadata.items()}
+
+
+def bring(platform: Any, *arguments: object) -> str:
+    done = platform.command("import", *arguments)
+    assert done.exit_code == 0, done.output
+    assert "relseek run tiny" in done.output, "it says how to compute what follows"
+    return str(done.output)
+
+
+# --- in ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_vector_from_elsewhere_takes_its_place_with_its_provenance_and_flows_on(finished: Any, tmp_path: Path) -> None:
+    vector = np.random.default_rng(7).normal(size=32).astype(np.float32)
+    file = tmp_path / "mine.safetensors"
+    save_file({"v": vector}, file, metadata={"made_by": "a colleague"})
+    replies = {row["item"]: row["reply"] for row in rows_of(finished, "generations", "--partition", CELL)}
+
+    bring(finished, "vector", "STUDY", file, "--site", "m:L01", "--epoch", 3, "--note", "trained by hand")
+    kept = finished.files / "steering_vectors" / "m:L01" / "e03.safetensors"
+    np.testing.assert_array_equal(load_file(kept)["vector"], vector)
+    with safe_open(kept, framework="np") as opened:
+        header = opened.metadata()
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert (header["source"], header["sha256"], header["note"]) == ("imported", digest, "trained by hand")
+    assert json.loads(header["original_header"]) == {"made_by": "a colleague"}
+    recorded = metadata(finished, "steering_vectors", "m:L01|e03")
+    assert (recorded["imported_from"], recorded["sha256"], recorded["note"]) == (str(file), digest, "trained by hand")
+
+    found = states(finished)
+    assert found["steering_vectors", "m:L01|e03"] == "imported"
+    assert {found["generations", f"m:L01|e03@{dose}"] for dose in ("-1_0", "0_0", "1_0")} == {"stale"}
+    assert found["generations", "m:L01|e02@1_0"] == "fresh"
+    assert found["generations", "m:L02|e03@1_0"] == "fresh"
+    assert found["report", None] == "stale"
+
+    assert finished.command("run", "STUDY").exit_code == 0
+    found = states(finished)
+    assert set(found.values()) == {"fresh", "imported"}
+    assert [node for node, status in found.items() if status == "imported"] == [("steering_vectors", "m:L01|e03")]
+    np.testing.assert_array_equal(load_file(kept)["vector"], vector)
+    assert {row["item"]: row["reply"] for row in rows_of(finished, "generations", "--partition", CELL)} != replies
+    summary = {(row["site"], row["epoch"]): row for row in rows_of(finished, "vector_summary")}
+    assert summary["m:L01", 3]["source"] == "imported"
+    assert summary["m:L01", 3]["norm"] == pytest.approx(float(np.sqrt((vector.astype(float) ** 2).sum())), rel=1e-6)
+    assert {row["source"] for place, row in summary.items() if place != ("m:L01", 3)} == {"trained"}
+
+
+def test_an_imported_vector_is_not_asked_for_again_when_training_changes(finished: Any, tmp_path: Path) -> None:
+    file = tmp_path / "mine.safetensors"
+    save_file({"v": np.ones(32, np.float32)}, file)
+    bring(finished, "vector", "STUDY", file, "--site", "m:L01", "--epoch", 3)
+    finished.edit("learning_rate = 0.01", "learning_rate = 0.02")
+    with finished.workspace() as workspace:
+        planned = {task.asset.name: [str(partition) for partition in task.partitions] for task in workspace.plan()}
+    assert planned["training_run"] == ["m:L01", "m:L02"]
+    assert planned["steering_vectors"] == ["m:L01|e01", "m:L01|e02", "m:L02|e01", "m:L02|e02", "m:L02|e03"]
+
+
+@pytest.mark.slow
+def test_replies_from_elsewhere_are_measured_and_judged(finished: Any, tmp_path: Path) -> None:
+    items = [row["item"] for row in rows_of(finished, "generations", "--partition", CELL)]
+    written = {item: f"I am so glad that you came back to me, my friend. {number} times I thought of you!" for number, item in enumerate(items)}
+    file = tmp_path / "replies.jsonl"
+    file.write_text(
+        "".join(json.dumps({"site": "m:L01", "epoch": 3, "multiplier": 1, "item": item, "reply": text}) + "\n" for item, text in written.items())
+    )
+    before = {row["item"]: row["score"] for row in rows_of(finished, "judge_scores", "--partition", CELL) if row["rubric"] == "relationship"}
+
+    bring(finished, "generations", "STUDY", file, "--note", "written by an author")
+    found = states(finished)
+    assert found["generations", CELL] == "imported"
+    assert found["generation_metrics", CELL] == found["judge_scores", CELL] == found["dose_response", "m:L01|e03"] == "stale"
+    assert found["steering_vectors", "m:L01|e03"] == found["judge_scores", "m:L01|e03@0_0"] == "fresh"
+    assert metadata(finished, "generations", CELL)["note"] == "written by an author"
+
+    assert finished.command("run", "STUDY").exit_code == 0
+    rows = rows_of(finished, "generations", "--partition", CELL)
+    assert {row["item"]: row["reply"] for row in rows} == written
+    assert {row["source"] for row in rows} == {"imported"}
+    assert all(row["prompt"][-1]["role"] == "user" for row in rows), "the study's own prompt stands with the reply"
+    after = {row["item"]: row["score"] for row in rows_of(finished, "judge_scores", "--partition", CELL) if row["rubric"] == "relationship"}
+    assert all(after[item] > 7 for item in items), "the judge reads what was brought in"
+    assert all(after[item] > before[item] for item in items)
+    metrics = rows_of(finished, "generation_metrics", "--partition", CELL)
+    assert all(row["perplexity"] > 1 and row["mean_log_prob"] < 0 for row in metrics)
+    assert set(states(finished).values()) == {"fresh", "imported"}
+
+
+def scores_file(path: Path, items: list[str], *, multiplier: float = 1.0) -> Path:
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["site", "epoch", "multiplier", "item", "rubric", "judge", "score", "cost_usd"])
+        for number, item in enumerate(items):
+            writer.writerow(["m:L01", 3, multiplier, item, "relationship", "two raters", 9 if number % 2 else 8.5, 0.25])
+            writer.writerow(["m:L01", 3, multiplier, item, "coherence", "two raters", 7, 0.25])
+    return path
+
+
+@pytest.mark.slow
+def test_scores_from_elsewhere_enter_the_estimates(finished: Any, tmp_path: Path) -> None:
+    items = [row["item"] for row in rows_of(finished, "generations", "--partition", CELL)]
+    file = scores_file(tmp_path / "scores.csv", items)
+    bring(finished, "scores", "STUDY", file, "--note", "rated by two people")
+    found = states(finished)
+    assert found["judge_scores", CELL] == "imported"
+    assert found["dose_response", "m:L01|e03"] == found["judge_pairs", "m:L01|e03"] == found["report", None] == "stale"
+    assert found["dose_response", "m:L01|e02"] == found["generations", CELL] == "fresh"
+    recorded = metadata(finished, "judge_scores", CELL)
+    assert recorded["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+
+    done = finished.command("run", "STUDY")
+    assert done.exit_code == 0, done.output
+    response = [row for row in rows_of(finished, "dose_response", "--partition", "m:L01|e03") if row["multiplier"] == 1]
+    estimates = {(row["rubric"], row["judge"]): (row["estimate"], row["n"]) for row in response}
+    assert estimates == {("relationship", "two raters"): (8.75, len(items)), ("coherence", "two raters"): (7.0, len(items))}
+    assert sum(row["cost_usd"] for row in rows_of(finished, "judge_scores", "--partition", CELL)) == pytest.approx(0.5 * len(items))
+    assert set(states(finished).values()) == {"fresh", "imported"}
+
+
+@pytest.mark.slow
+def test_scores_of_one_rubric_alone_flow_on_too(finished: Any, tmp_path: Path) -> None:
+    items = [row["item"] for row in rows_of(finished, "generations", "--partition", CELL)]
+    file = scores_file(tmp_path / "scores.csv", items)
+    file.write_text("".join(line for line in file.read_text().splitlines(keepends=True) if ",coherence," not in line))
+    bring(finished, "scores", "STUDY", file)
+    done = finished.command("run", "STUDY")
+    assert done.exit_code == 0, done.output
+    assert set(states(finished).values()) == {"fresh", "imported"}
+
+
+GENERATION = {"site": "m:L01", "epoch": 3, "multiplier": 1, "reply": "Good."}
+SCORE = {"site": "m:L01", "epoch": 3, "multiplier": 1, "rubric": "relationship", "judge": "me", "score": 5}
+BAD_GENERATIONS = {
+    "an item of no study": ({"item": "nobody"}, ["line 2", "'nobody'", "no held-out conversation"]),
+    "no reply": ({"reply": None}, ["line 2", "reply is missing"]),
+    "a reply that is no text": ({"reply": 3}, ["line 2", "reply must be text"]),
+    "a dose that the study lacks": ({"multiplier": 0.5}, ["no partition m:L01|e03@0_5", "tiny.toml"]),
+    "a site that the study lacks": ({"site": "m:L03"}, ["site 'm:L03'", "m:L01, m:L02"]),
+    "an epoch that is no number": ({"epoch": "last"}, ["line 2", "epoch 'last' is no number"]),
+    "the same reply twice": ({}, ["two rows with the key"]),
+    "a dose that is not finite": ({"multiplier": float("nan")}, ["line 2", "multiplier must be finite"]),
+}
+BAD_SCORES = {
+    "a score off the scale": ({"score": 11}, ["line 3", "score 11", "1 to 10"]),
+    "a score that is no number": ({"score": "high"}, ["line 3", "score 'high' is no number"]),
+    "a rubric of no behaviour": ({"rubric": "charm"}, ["line 3", "rubric 'charm'", "relationship, coherence"]),
+    "the same score twice": ({}, ["two rows with the key"]),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_GENERATIONS)
+def test_one_bad_reply_leaves_everything_as_it_was(finished: Any, tmp_path: Path, fault: str) -> None:
+    change, told = BAD_GENERATIONS[fault]
+    item = rows_of(finished, "generations", "--partition", CELL)[0]["item"]
+    file = tmp_path / "replies.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ({**GENERATION, "item": item}, {**GENERATION, "item": item, **change})))
+    before = finished.stored(), states(finished)
+    done = finished.command("import", "generations", "STUDY", file)
+    assert done.exit_code == 1, done.output
+    assert isinstance(done.exception, SystemExit)
+    for words in (str(file), *told):
+        assert words in done.output
+    assert (finished.stored(), states(finished)) == before
+
+
+@pytest.mark.parametrize("fault", BAD_SCORES)
+def test_one_bad_score_leaves_everything_as_it_was(finished: Any, tmp_path: Path, fault: str) -> None:
+    change, told = BAD_SCORES[fault]
+    item = rows_of(finished, "generations", "--partition", CELL)[0]["item"]
+    file = tmp_path / "scores.csv"
+    pd.DataFrame([{**SCORE, "item": item}, {**SCORE, "item": item, **change}]).to_csv(file, index=False)
+    before = finished.stored(), states(finished)
+    done = finished.command("import", "scores", "STUDY", file)
+    assert done.exit_code == 1, done.output
+    assert isinstance(done.exception, SystemExit)
+    for words in (str(file), *told):
+        assert words in done.output
+    assert (finished.stored(), states(finished)) == before
+
+
+def test_replies_cannot_come_before_the_prompts_are_known(blank: Any, tmp_path: Path) -> None:
+    file = tmp_path / "replies.jsonl"
+    file.write_text(json.dumps({**GENERATION, "item": "rsa-003"}) + "\n")
+    done = blank.command("import", "generations", "STUDY", file)
+    assert done.exit_code == 1
+    assert "--select preference_pairs" in done.output
+    assert blank.stored() == {}
+
+
+# --- out --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asset", ["generations", "judge_scores", "judge_pairs", "dose_response", "selection", "vector_summary", "judge_quality"])
+def test_a_table_is_the_same_in_all_three_forms(finished_session: Any, tmp_path: Path, asset: str) -> None:
+    parquet = tmp_path / "table.parquet"
+    assert finished_session.command("table", "STUDY", asset, "--format", "parquet", "-o", parquet).exit_code == 0
+    frame = pd.read_parquet(parquet)
+    rows = rows_of(finished_session, asset)
+    text = finished_session.command("table", "STUDY", asset).output
+    in_csv = list(csv.DictReader(io.StringIO(text)))
+    stored = pd.concat([pd.read_parquet(path) for path in (finished_session.files / asset).rglob("*.parquet")])
+    assert len(rows) == len(in_csv) == len(frame) == len(stored) > 0
+    assert list(rows[0]) == list(in_csv[0]) == list(frame.columns) == list(stored.columns)
+    for row, line, (_, cells) in zip(rows, in_csv, frame.iterrows(), strict=True):
+        for name, value in row.items():
+            if value is None:
+                assert line[name] == ""
+                assert pd.isna(cells[name])
+            elif isinstance(value, list | dict):
+                assert json.loads(line[name]) == json.loads(cells[name]) == value
+            elif isinstance(value, bool):
+                assert line[name] == str(value)
+                assert bool(cells[name]) is value
+            elif isinstance(value, str):
+                assert line[name] == cells[name] == value
+            else:
+                assert float(line[name]) == float(cells[name]) == value
+
+
+def test_what_is_missing_is_null_in_json_and_never_nan(finished_session: Any) -> None:
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    text = finished_session.command("table", "STUDY", "judge_quality", "--format", "json").output
+    rows = json.loads(text, parse_constant=no_constant)
+    absent = [row for row in rows if row["metric"] == "spearman" and row["n"] == 0]
+    assert absent, "without the release its correlations are absent"
+    assert all(row["value"] is None and row["lower"] is None and "RELSEEK_RELEASE" in row["status"] for row in absent)
+    assert {row["first_shown"] for row in rows_of(finished_session, "judge_pairs")} == {None}
+
+
+def test_a_table_holds_the_partitions_that_were_asked_for(finished_session: Any) -> None:
+    assert len(rows_of(finished_session, "generations")) == 2 * 2 * 3 * 4
+    some = rows_of(finished_session, "generations", "--partition", CELL, "--partition", "m:L02|e02@-1_0")
+    assert {(row["site"], row["epoch"], row["multiplier"]) for row in some} == {("m:L01", 3, 1.0), ("m:L02", 2, -1.0)}
+    assert len(some) == 2 * 4
+    unknown = finished_session.command("table", "STUDY", "generations", "--partition", "m:L01|e03@9_0")
+    assert unknown.exit_code == 1
+    assert "no partition 'm:L01|e03@9_0'" in unknown.output
+
+
+def test_a_table_that_is_not_there_says_what_to_do(finished_session: Any, blank: Any) -> None:
+    misspelt = finished_session.command("table", "STUDY", "dose_responce")
+    assert misspelt.exit_code == 1
+    assert "did you mean 'dose_response'?" in misspelt.output
+    vectors = finished_session.command("table", "STUDY", "steering_vectors")
+    assert vectors.exit_code == 1
+    assert "is no table" in vectors.output
+    early = blank.command("table", "STUDY", "selection")
+    assert early.exit_code == 1
+    assert "relseek run tiny --select selection" in early.output
+    assert finished_session.command("table", "STUDY", "selection", "--format", "parquet").exit_code == 2
+
+
+# --- difference -------------------------------------------------------------------------------------------------------
+
+
+def test_the_difference_of_two_stores_names_versions_and_estimates_with_intervals(finished_session: Any, finished: Any, tmp_path: Path) -> None:
+    items = [row["item"] for row in rows_of(finished, "generations", "--partition", CELL)]
+    bring(finished, "scores", "STUDY", scores_file(tmp_path / "scores.csv", items))
+    with finished.workspace() as workspace:
+        workspace.run(["dose_response"])
+    study = finished_session.study_file
+    shown = finished_session.command("diff", study, study, "--store-b", finished.home, "--format", "json")
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(shown.output)
+    assert found["settings"] == []
+    assert {row["asset"] for row in found["versions"]} == {"judge_scores", "dose_response"}
+    assert [row["partition"] for row in found["versions"] if row["asset"] == "judge_scores"] == [CELL]
+    assert all(row["a"] != row["b"] for row in found["versions"])
+    new = next(row for row in found["estimates"] if row["judge"] == "two raters" and row["rubric"] == "relationship")
+    assert (new["site"], new["epoch"], new["multiplier"], new["estimate_a"], new["estimate_b"]) == ("m:L01", 3, 1.0, None, 8.75)
+    assert new["lower_b"] <= 8.75 <= new["upper_b"]
+    assert {(row["site"], row["epoch"], row["multiplier"]) for row in found["estimates"]} == {("m:L01", 3, 1.0)}
+
+    text = finished_session.command("diff", study, study, "--store-b", finished.home).output
+    assert "settings that differ: 0" in text
+    assert "judge_scores: 1 partition" in text
+    assert f"absent -> 8.75 [{new['lower_b']:.2f}, {new['upper_b']:.2f}] n={len(items)}" in text
+
+
+def test_a_study_differs_in_nothing_from_itself(finished_session: Any) -> None:
+    found = json.loads(finished_session.command("diff", "STUDY", "STUDY", "--format", "json").output)
+    assert found == {"settings": [], "versions": [], "estimates": []}
+
+
+def test_the_difference_of_two_studies_names_their_settings(finished: Any) -> None:
+    other = finished.folder / "other.toml"
+    other.write_text(finished.study_text().replace('name = "tiny"', 'name = "other"').replace("learning_rate = 0.01", "learning_rate = 0.02"))
+    found = json.loads(finished.command("diff", "STUDY", other, "--format", "json").output)
+    assert {row["setting"]: (row["a"], row["b"]) for row in found["settings"]} == {"name": ("tiny", "other"), "training.learning_rate": (0.01, 0.02)}
+    assert all(row["b"] is None for row in found["versions"]), "nothing of the other study is computed"
+    assert len(found["estimates"]) == 2 * 2 * 3 * 2
+    assert all(row["estimate_b"] is None for row in found["estimates"])
+
+
+def test_a_store_to_compare_with_must_be_a_dagster_home(finished_session: Any, tmp_path: Path) -> None:
+    shown = finished_session.command("diff", "STUDY", "STUDY", "--store-b", tmp_path)
+    assert shown.exit_code == 1
+    assert "no dagster.yaml" in shown.output

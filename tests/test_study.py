@@ -1,0 +1,263 @@
+"""Study files: the shipped ones load, and every faulty one is refused with its file, its key and the remedy."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from relseek_assets.study import STUDIES, StudyError, layer_of, load_study, site_key, study_names
+
+VALID = """
+name = "trial"
+kind = "bipo"
+behaviours = ["relationship_seeking"]
+seed = 5
+dose_limit = 4
+
+[[models]]
+name = "small"
+source = "embedded:smollm2-135m-instruct"
+layers = [15, 3]
+epochs_trained = 4
+epochs_evaluated = [2, 4]
+
+[pairs]
+training = 8
+
+[training]
+learning_rate = 0.01
+
+[doses]
+generated = [1.0, -1.0, 0.0, 0.5]
+
+[prompts]
+count = 3
+
+[sampling]
+temperature = 0.7
+
+[judge]
+name = "embedded"
+"""
+SECOND_MODEL = """
+[[models]]
+name = "second"
+source = "embedded:smollm2-135m-instruct"
+layers = [7]
+epochs_trained = 1
+epochs_evaluated = [1]
+"""
+
+
+def study_at(folder: Path, text: str, name: str = "trial.toml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def fault_of(path: Path | str) -> str:
+    with pytest.raises(StudyError) as caught:
+        load_study(str(path))
+    return str(caught.value)
+
+
+# --- what is right ----------------------------------------------------------------------------------------------------
+
+
+def test_the_studies_offered_are_the_files_of_the_folder() -> None:
+    assert study_names() == sorted(path.name.removesuffix(".toml") for path in STUDIES.iterdir() if path.suffix == ".toml")
+    assert "quickstart" in study_names()
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_every_shipped_study_loads_as_its_file_says(name: str) -> None:
+    content = tomllib.loads((STUDIES / f"{name}.toml").read_text())
+    study = load_study(name)
+    assert study.name == name == content["name"]
+    assert study.path == STUDIES / f"{name}.toml"
+    assert list(study.behaviours) == content["behaviours"]
+    assert set(study.doses.generated) == set(content["doses"]["generated"])
+    assert len(study.sites) == sum(len(model["layers"]) for model in content["models"])
+    assert study.behaviour_folder.is_dir()
+    for section, settings in content.items():
+        if isinstance(settings, dict):
+            loaded = getattr(study, section).model_dump()
+            assert {key: list(value) if isinstance(value, tuple) else value for key, value in loaded.items() if key in settings} == settings
+
+
+def test_the_quickstart_asks_for_what_the_project_promises() -> None:
+    study = load_study("quickstart")
+    assert len(study.sites) >= 2
+    assert all(model.epochs_trained >= 2 and model.source.startswith("embedded:") for model in study.models)
+    assert sorted(study.doses.generated) == [-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5]
+    assert study.pairs.heldout_share == 0.2
+
+
+def test_sites_are_model_and_two_digit_layer_and_sort_within_a_model(tmp_path: Path) -> None:
+    study = load_study(str(study_at(tmp_path, VALID + SECOND_MODEL)))
+    assert study.sites == ("small:L03", "small:L15", "second:L07")
+    assert study.model_of("second:L07").epochs_trained == 1
+    assert [layer_of(site) for site in study.sites] == [3, 15, 7]
+
+
+@pytest.mark.parametrize("layer", [0, 9, 10, 99])
+def test_a_site_key_gives_its_layer_back(layer: int) -> None:
+    assert layer_of(site_key("a-model_1", layer)) == layer
+
+
+def test_doses_of_pairs_and_selection_are_those_generated_unless_said_otherwise(tmp_path: Path) -> None:
+    assert load_study(str(study_at(tmp_path, VALID))).selection_doses == (-1.0, 0.0, 0.5, 1.0)
+    text = VALID.replace("[prompts]", "paired = [1.0, 0.0]\nselection = [0.5, -1.0]\n[prompts]")
+    study = load_study(str(study_at(tmp_path, text)))
+    assert study.paired_doses == (0.0, 1.0)
+    assert study.selection_doses == (-1.0, 0.5)
+
+
+def test_a_behaviour_may_be_a_folder_of_ones_own(tmp_path: Path) -> None:
+    folder = tmp_path / "thrift"
+    folder.mkdir()
+    (folder / "behaviour.toml").write_text('name = "thrift"\n')
+    study = load_study(str(study_at(tmp_path, VALID.replace("relationship_seeking", str(folder)))))
+    assert study.behaviour_folder == folder
+
+
+def test_a_study_cannot_be_changed_once_read() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_study("quickstart").seed = 1
+
+
+# --- what is wrong: file, key, remedy ---------------------------------------------------------------------------------
+
+FAULTS = {
+    "unknown key": ("seed = 5", "seed = 5\nsede = 6", "sede", "did you mean 'seed'"),
+    "unknown key unlike any": ("seed = 5", "seed = 5\nzzz = 6", "zzz", "remove it or use one of name, title"),
+    "unknown key of a model": ("epochs_trained = 4", "epochs_trained = 4\nlayerz = [1]", "models.0.layerz", "did you mean 'layers'"),
+    "unknown key of a section": ("learning_rate = 0.01", "learn_rate = 0.01", "training.learn_rate", "did you mean 'learning_rate'"),
+    "unknown section": ("[prompts]", "[promts]", "promts", "did you mean 'prompts'"),
+    "missing key": ('kind = "bipo"', "", "kind", "add it"),
+    "missing key of a model": ("epochs_trained = 4", "", "models.0.epochs_trained", "add it"),
+    "missing section": ("[doses]\ngenerated = [1.0, -1.0, 0.0, 0.5]", "", "doses", "add it"),
+    "number as text": ("seed = 5", 'seed = "five"', "seed", "(found 'five'); correct it"),
+    "text as list": ("layers = [15, 3]", 'layers = "15"', "models.0.layers", "(found '15'); correct it"),
+    "unknown kind": ('kind = "bipo"', 'kind = "dpo"', "kind", "'bipo'"),
+    "unknown judge": ('name = "embedded"', 'name = "oracle"', "judge.name", "'embedded'"),
+    "name of other characters": ('name = "trial"', 'name = "tri-al"', "name", "use letters, digits and '_' only"),
+    "model name with a dot": ('name = "small"', 'name = "small.v1"', "models.0", "use letters, digits, '_' and '-' only"),
+    "model name with the site's colon": ('name = "small"', 'name = "small:v1"', "models.0", "use letters, digits, '_' and '-' only"),
+    "empty model name": ('name = "small"', 'name = ""', "models.0", "use letters, digits, '_' and '-' only"),
+    "unknown dtype": ("epochs_trained = 4", 'epochs_trained = 4\ndtype = "float31"', "models.0", "use one of"),
+    "unknown embedded model": ("smollm2-135m-instruct", "smollm9", "models.0: source", "smollm2-135m-instruct"),
+    "missing model folder": ("embedded:smollm2-135m-instruct", "./nowhere", "models.0: source", "no such folder"),
+    "no layers": ("layers = [15, 3]", "layers = []", "models.0.layers", "correct it"),
+    "negative layer": ("layers = [15, 3]", "layers = [-1]", "models.0.layers.0", "correct it"),
+    "layer that the model lacks": ("layers = [15, 3]", "layers = [3, 30]", "layers [30]", "has the blocks 0 to 29; correct layers"),
+    "layer twice": ("layers = [15, 3]", "layers = [3, 3]", "layers holds [3] more than once", "keep one of each"),
+    "no epochs": ("epochs_trained = 4", "epochs_trained = 0", "models.0.epochs_trained", "correct it"),
+    "epoch evaluated untrained": ("[2, 4]", "[2, 5]", "epochs_evaluated [5]", "raise epochs_trained or drop them"),
+    "epoch zero evaluated": ("[2, 4]", "[0, 4]", "epochs_evaluated [0]", "raise epochs_trained or drop them"),
+    "epoch twice": ("[2, 4]", "[4, 4]", "epochs_evaluated holds [4]", "keep one of each"),
+    "dose beyond the limit": ("0.0, 0.5]", "0.0, 4.5]", "doses.generated: [4.5] lie beyond dose_limit 4", "drop them or raise dose_limit"),
+    "negative dose beyond the limit": ("-1.0, 0.0", "-5.0, 0.0", "doses.generated: [-5.0]", "drop them or raise dose_limit"),
+    "dose twice": ("0.0, 0.5]", "0.0, 1.0]", "doses: generated holds [1.0]", "keep one of each"),
+    "zero and minus zero": ("0.0, 0.5]", "0.0, -0.0]", "doses: generated holds", "keep one of each"),
+    "NaN dose": ("0.0, 0.5]", "0.0, nan]", "doses: generated holds NaN", "give numbers"),
+    "infinite dose": ("0.0, 0.5]", "0.0, inf]", "doses.generated: [inf]", "drop them"),
+    "dose too fine for a key": ("0.0, 0.5]", "0.0, 0.00005]", "doses: generated holds [5e-05]", "at most four decimals"),
+    "one dose": ("[1.0, -1.0, 0.0, 0.5]", "[1.0]", "doses.generated", "correct it"),
+    "paired dose not generated": ("[prompts]", "paired = [0.0, 0.25]\n[prompts]", "paired names the doses [0.25]", "add them to generated"),
+    "selection dose not generated": ("[prompts]", "selection = [2.0]\n[prompts]", "selection names the doses [2.0]", "add them to generated"),
+    "unknown behaviour": ('"relationship_seeking"', '"courtesy"', "behaviours: 'courtesy'", "there is relationship_seeking, sycophancy"),
+    "no behaviour": ('["relationship_seeking"]', "[]", "behaviours", "correct it"),
+    "two behaviours": ('["relationship_seeking"]', '["relationship_seeking", "sycophancy"]', "behaviours", "correct it"),
+    "all held out": ("training = 8", "heldout_share = 1.0", "pairs.heldout_share", "(found 1.0); correct it"),
+    "negative count": ("count = 3", "count = -3", "prompts.count", "(found -3); correct it"),
+    "NaN learning rate": ("learning_rate = 0.01", "learning_rate = nan", "training.learning_rate", "correct it"),
+    "negative temperature": ("temperature = 0.7", "temperature = -0.7", "sampling.temperature", "(found -0.7); correct it"),
+    "top_p above one": ("temperature = 0.7", "top_p = 1.5", "sampling.top_p", "(found 1.5); correct it"),
+    "no dose limit": ("dose_limit = 4", "dose_limit = 0", "dose_limit", "correct it"),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "key", "remedy"), FAULTS.values(), ids=FAULTS)
+def test_a_fault_is_named_with_file_key_and_remedy(tmp_path: Path, old: str, new: str, key: str, remedy: str) -> None:
+    assert VALID.count(old) == 1
+    path = study_at(tmp_path, VALID.replace(old, new))
+    lines = [line for line in fault_of(path).splitlines() if key in line]
+    assert lines, f"no line names {key}: {fault_of(path)}"
+    assert lines[0].startswith(f"{path}: ")
+    assert remedy in lines[0]
+
+
+def test_every_fault_of_a_file_has_a_line_of_its_own(tmp_path: Path) -> None:
+    path = study_at(tmp_path, VALID.replace("seed = 5", 'seed = "five"').replace("count = 3", "count = -1").replace("training = 8", "trainin = 8"))
+    lines = fault_of(path).splitlines()
+    assert all(line.startswith(f"{path}: ") for line in lines)
+    assert {line.removeprefix(f"{path}: ").partition(":")[0] for line in lines} == {"seed", "prompts.count", "pairs.trainin"}
+
+
+def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = study_at(tmp_path, VALID + SECOND_MODEL.replace("second", "small"))
+    assert f"{path}: models holds ['small'] more than once; keep one of each" in fault_of(path)
+
+
+def test_the_layers_of_a_local_model_are_read_from_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"num_hidden_layers": 4, "hidden_size": 8}))
+    text = VALID.replace("embedded:smollm2-135m-instruct", str(folder))
+    assert load_study(str(study_at(tmp_path, text.replace("[15, 3]", "[0, 3]")))).sites == ("small:L00", "small:L03")
+    fault = fault_of(study_at(tmp_path, text.replace("[15, 3]", "[4]")))
+    assert "layers [4] do not exist" in fault
+    assert "blocks 0 to 3" in fault
+
+
+def test_a_model_folder_without_a_usable_config_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    fault = fault_of(study_at(tmp_path, VALID.replace("embedded:smollm2-135m-instruct", str(tmp_path))))
+    assert f"models.0: source: {tmp_path / 'config.json'}" in fault
+
+
+def test_more_sites_than_a_fan_in_can_follow_are_refused(tmp_path: Path) -> None:
+    models = "".join(SECOND_MODEL.replace("second", f"m{number}").replace("[7]", str(list(range(30)))) for number in range(4))
+    fault = fault_of(study_at(tmp_path, VALID + models))
+    assert "models: 122 sites; a study may have 99, so split it into several files" in fault
+
+
+def test_more_doses_than_a_fan_in_can_follow_are_refused(tmp_path: Path) -> None:
+    doses = [round(-1 + step / 100, 2) for step in range(100)]
+    fault = fault_of(study_at(tmp_path, VALID.replace("[1.0, -1.0, 0.0, 0.5]", str(doses))))
+    assert "doses.generated: 100 doses; a study may have 99" in fault
+
+
+def test_a_file_called_otherwise_than_its_study_is_refused(tmp_path: Path) -> None:
+    path = study_at(tmp_path, VALID, "other.toml")
+    assert fault_of(path) == f"{path}: name: the study is called 'trial' but its file 'other'; give both the same name"
+
+
+def test_broken_toml_is_refused_with_its_place(tmp_path: Path) -> None:
+    path = study_at(tmp_path, VALID.replace("seed = 5", "seed = "))
+    assert fault_of(path).startswith(f"{path}: not valid TOML: ")
+    assert "line 5" in fault_of(path)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trial.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert fault_of(path).startswith(f"{path}: not valid TOML: ")
+
+
+def test_a_path_to_nothing_is_refused(tmp_path: Path) -> None:
+    assert fault_of(tmp_path / "gone.toml") == f"{tmp_path / 'gone.toml'}: no such study file"
+
+
+def test_a_mistyped_name_gets_the_nearest_study() -> None:
+    assert fault_of("quickstat") == "no study 'quickstat': did you mean 'quickstart'?"
+
+
+def test_a_name_unlike_any_gets_the_list() -> None:
+    fault = fault_of("xyz")
+    assert all(name in fault for name in study_names())
+    assert "give the path of a .toml file" in fault
