@@ -71,11 +71,11 @@ SELECTION = TableSchema(
         Column("score", "number", "mean of the z-scores of coherence AUC and pairwise slope", nullable=True),
         Column("rating_score", "number", "the same with the rating slope", nullable=True),
         Column("pareto", "boolean", "no other candidate is at least as good on both and better on one", nullable=True),
-        Column("selected", "boolean", "highest score, or highest rating_score where there are no pairs"),
+        Column("selected", "boolean", "highest score (rating_score where there are no pairs); a tie goes to the larger selected_share"),
         Column("selected_share", "number", "share of bootstrap draws in which it is selected", low=0, high=1),
         Column("candidates", "integer", "over how many candidates the z-scores were taken", low=1),
         Column("n", "integer", "items", low=1),
-        Column("reason", "string", "why a score is null; empty otherwise"),
+        Column("reason", "string", "why a score is null or how a tie was broken; empty otherwise"),
     ),
     key=("site", "epoch"),
 )
@@ -207,11 +207,16 @@ def z_scores(values: np.ndarray) -> np.ndarray:
 
 
 def combined(candidates: Sequence[Candidate], slope_name: str, weight: float, *, of_draws: bool = False) -> np.ndarray:
-    """weight z(coherence AUC) + (1 - weight) z(slope), shape (candidates,) or (candidates, draws)."""
+    """weight z(coherence AUC) + (1 - weight) z(slope), shape (candidates,) or (candidates, draws).
+
+    A figure that is the same for all candidates tells none apart and counts zero; NaN where that is so of both.
+    """
     auc, steer = (
-        np.array([found.draws[name] if of_draws else found.estimates[name] for found in candidates]) for name in ("coherence_auc", slope_name)
+        z_scores(np.array([found.draws[name] if of_draws else found.estimates[name] for found in candidates]))
+        for name in ("coherence_auc", slope_name)
     )
-    return weight * z_scores(auc) + (1 - weight) * z_scores(steer)
+    undefined = np.logical_and(np.isnan(auc), np.isnan(steer))
+    return np.where(undefined, np.nan, weight * np.nan_to_num(auc) + (1 - weight) * np.nan_to_num(steer))
 
 
 def pareto_set(points: np.ndarray) -> np.ndarray:
@@ -222,11 +227,17 @@ def pareto_set(points: np.ndarray) -> np.ndarray:
 
 
 def winners(scores: np.ndarray) -> np.ndarray:
-    """Share of draws (second axis) that each candidate wins; a draw without finite scores counts for nobody."""
+    """Share of draws (second axis) that each candidate wins, a tie shared out; a draw without finite scores counts for nobody."""
     usable = scores[:, np.isfinite(scores).all(0)]
     if usable.shape[1] == 0:
         return np.zeros(len(scores))
-    return np.bincount(usable.argmax(0), minlength=len(scores)) / scores.shape[1]
+    best = tied(usable)
+    return (best / best.sum(0)).sum(1) / scores.shape[1]
+
+
+def tied(scores: np.ndarray) -> np.ndarray:
+    """Which candidates (first axis) are best up to rounding. Two candidates of which each leads on one figure always tie: z = 1 and -1."""
+    return scores >= np.nanmax(scores, axis=0) - 1e-9
 
 
 def candidates_of(items: pd.DataFrame, draws: int, seed: int) -> list[Candidate]:
@@ -244,13 +255,18 @@ def selection(candidates: Sequence[Candidate]) -> pd.DataFrame:
     scores = combined(candidates, "pairwise_slope", 0.5) if paired else np.full(len(candidates), np.nan)
     front = pareto_set(np.array([[found.estimates["coherence_auc"], found.estimates[steer]] for found in candidates]))
     deciding = scores if paired else rating_scores
-    best = 0 if len(candidates) == 1 else int(np.nanargmax(deciding)) if np.isfinite(deciding).any() else -1
     shares = np.ones(1) if len(candidates) == 1 else winners(combined(candidates, steer, 0.5, of_draws=True))
+    best = 0 if len(candidates) == 1 else -1
     reasons = []
     if len(candidates) == 1:
         reasons.append("one candidate: there is nothing to take z-scores over")
     elif not np.isfinite(deciding).any():
         reasons.append("all candidates have the same figures: z-scores are undefined")
+    else:
+        leaders = tied(deciding)
+        best = int(np.where(leaders, shares, -1.0).argmax())
+        if leaders.sum() > 1:
+            reasons.append("tie on the score, broken by the share of bootstrap draws")
     if not paired:
         reasons.append("no pairwise slopes: score and pareto are null, see rating_score")
     rows: list[dict[str, Any]] = []
