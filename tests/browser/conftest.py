@@ -37,7 +37,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-START_SECONDS = 90  # about 15 on an idle machine
+START_SECONDS = 240  # about 25 on an idle machine, with a code location for every study
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -179,6 +179,7 @@ def small_behaviour(folder: Path) -> None:
 
 def _session_folder(factory: pytest.TempPathFactory) -> Path:
     """One folder for all workers of a session."""
+    if os.environ.get("DEVKEEP"): return Path(os.environ["DEVKEEP"])
     base = factory.getbasetemp()
     return base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
 

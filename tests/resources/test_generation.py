@@ -130,8 +130,8 @@ def test_absolute_positions_are_right_in_a_padded_batch_too(byte_tokenizer):
 
 def by_seed(model: SteeredModel, rows: Sequence[int], batch_size: int, **sampling: float) -> dict[int, Reply]:
     """Replies of eight rows with the seeds 100 to 107, asked for in the order `rows`."""
-    conversations = asked(*TEXTS)
-    replies = model.generate([conversations[row] for row in rows], Sampling(max_new_tokens=15, **sampling), seeds=[100 + row for row in rows], batch_size=batch_size)
+    conversations = asked(*(TEXTS[row] for row in rows))
+    replies = model.generate(conversations, Sampling(max_new_tokens=15, **sampling), seeds=[100 + row for row in rows], batch_size=batch_size)
     return dict(zip(rows, replies, strict=True))
 
 
@@ -195,6 +195,8 @@ def test_every_reply_is_reported_once_and_no_rows_give_no_replies(tiny_llama):
 
 # --- a real model -----------------------------------------------------------------------------------------------------
 
+on_one_worker = pytest.mark.xdist_group("embedded_model")
+
 QUESTIONS = [
     "Hi",
     "What is the capital of France?",
@@ -220,6 +222,7 @@ def embedded_replies(embedded_model) -> list[Reply]:
     return embedded_model.generate(QUESTIONED, Sampling(temperature=0, max_new_tokens=8), batch_size=12)
 
 
+@on_one_worker
 @pytest.mark.slow
 def test_an_embedded_models_reply_is_the_same_alone_and_among_longer_and_shorter_prompts(embedded_model, embedded_replies):
     for conversation, reply in zip(QUESTIONED, embedded_replies, strict=True):
@@ -227,13 +230,15 @@ def test_an_embedded_models_reply_is_the_same_alone_and_among_longer_and_shorter
         assert_same_up_to_a_near_tie(embedded_model, embedded_model.prompt_tokens(conversation), reply.tokens, alone.tokens)
 
 
+@on_one_worker
 def test_an_embedded_models_greedy_reply_is_transformers_own(embedded_model, embedded_replies):
     for row in (0, 5, 7):
         ids = torch.tensor([embedded_model.prompt_tokens(QUESTIONED[row])])
-        expected = embedded_model.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, pad_token_id=embedded_model.pad)
+        expected = embedded_model.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
         assert_same_up_to_a_near_tie(embedded_model, ids[0].tolist(), embedded_replies[row].tokens, expected[0, ids.shape[1] :].tolist())
 
 
+@on_one_worker
 def test_an_embedded_models_log_probs_are_those_that_scoring_gives(embedded_model, embedded_replies):
     replies = embedded_replies[:6]
     prompts = [embedded_model.prompt_tokens(conversation) for conversation in QUESTIONED[:6]]
@@ -241,6 +246,7 @@ def test_an_embedded_models_log_probs_are_those_that_scoring_gives(embedded_mode
         assert sum(reply.log_probs) == pytest.approx(score.total, abs=1e-3)
 
 
+@on_one_worker
 def test_the_embedded_model_answers_in_english_and_a_vector_changes_its_answer(embedded_model, embedded_replies):
     assert "Paris" in embedded_replies[1].text
     away = -embedded_model.activations([QUESTIONED[1]], [14])[0, 0]

@@ -51,7 +51,9 @@ def test_inside_the_nucleus_probabilities_keep_their_proportions():
     assert chisquare([np.sum(tokens == token) for token in nucleus], expected * len(tokens)).pvalue > 0.01
 
 
-@pytest.mark.parametrize(("top_p", "nucleus"), [(0.49, {2}), (0.51, {2, 0}), (0.79, {2, 0}), (0.81, {2, 0, 3}), (0.96, {2, 0, 3, 1}), (1.0, {2, 0, 3, 1})])
+@pytest.mark.parametrize(
+    ("top_p", "nucleus"), [(0.49, {2}), (0.51, {2, 0}), (0.79, {2, 0}), (0.81, {2, 0, 3}), (0.96, {2, 0, 3, 1}), (1.0, {2, 0, 3, 1})]
+)
 def test_the_nucleus_of_known_probabilities(top_p, nucleus):
     grid = np.linspace(0, 1, 2001)[:-1]
     assert set(drawn(np.log([0.3, 0.05, 0.5, 0.15]), grid, top_p=top_p)) == nucleus

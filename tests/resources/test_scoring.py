@@ -70,7 +70,9 @@ def test_every_scored_row_is_reported_once(tiny_llama):
     assert reported == [3, 3, 1]
 
 
-@pytest.mark.parametrize(("prompts", "replies", "message"), [([[7]], [[]], "row 0: a reply without tokens"), ([[7], []], [[7], [7]], "row 1: a prompt without tokens")])
+@pytest.mark.parametrize(
+    ("prompts", "replies", "message"), [([[7]], [[]], "row 0: a reply without tokens"), ([[7], []], [[7], [7]], "row 1: a prompt without tokens")]
+)
 def test_rows_without_tokens_are_refused_by_number(tiny_llama, prompts, replies, message):
     with pytest.raises(ModelError, match=message):
         tiny_llama.score_tokens(prompts, replies)
@@ -186,14 +188,16 @@ def test_running_to_a_block_runs_nothing_above_it_and_running_from_it_nothing_be
     model = SteeredModel(random_causal_lm("gemma3"), byte_tokenizer)
     batch = model.batch([[7, 8, 9]])
     whole, stream = model.hidden(batch), model.run_to(batch, [1])[0][1]
-    for block in model.model.model.layers[2:]:
-        block.self_attn.forward = block.mlp.forward = lambda *_a, **_k: pytest.fail("a block above ran")
+
+    def forbid(blocks: slice) -> None:
+        for block in model.model.model.layers:
+            vars(block.self_attn).pop("forward", None)
+        for block in model.model.model.layers[blocks]:
+            block.self_attn.forward = lambda *_args, **_kwargs: pytest.fail("a block ran for nothing")
+
+    forbid(slice(2, None))
     assert torch.equal(model.run_to(batch, [0, 1])[0][1], stream)
-    for block in model.model.model.layers[2:]:
-        del block.self_attn.forward, block.mlp.forward
-    for block in model.model.model.layers[:2]:
-        for weight in block.parameters():
-            weight.fill_(torch.nan)
+    forbid(slice(0, 2))
     assert torch.equal(model.run_from(batch, 1, stream), whole)
 
 

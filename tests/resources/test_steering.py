@@ -283,9 +283,8 @@ def test_another_number_of_multipliers_than_rows_is_refused(tiny_llama, call, do
 def test_families_that_scale_their_logits_are_refused_instead_of_scored_wrongly(family, name, byte_tokenizer):
     import transformers
 
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=262, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0, **{name: 0.25}
-    )
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{family}Config")(vocab_size=262, pad_token_id=0, **shape, **{name: 0.25})
     with pytest.raises(ModelError, match=f"{name} is not supported"):
         SteeredModel(getattr(transformers, f"{family}ForCausalLM")(config), byte_tokenizer)
 

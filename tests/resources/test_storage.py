@@ -213,9 +213,13 @@ def test_a_folder_that_may_not_be_written_is_a_storage_error_that_names_the_sett
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(KeyboardInterrupt), replaced_folder(tmp_path / "model") as inner:
-        (inner / "weights").write_text("half")
-        raise KeyboardInterrupt
+    def be_interrupted() -> None:
+        with replaced_folder(tmp_path / "model") as inner:
+            (inner / "weights").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        be_interrupted()
     assert names(tmp_path) == []
     with replaced_folder(tmp_path / "model") as inner:
         (inner / "weights").write_text("whole")
@@ -387,12 +391,14 @@ def test_the_version_of_a_table_counts_neither_the_order_of_columns_nor_that_of_
     assert table_version(RATINGS.to_arrow(frame, "here")) == table_version(RATINGS.to_arrow(ratings(), "here"))
 
 
-VALUES = st.fixed_dictionaries({"n": st.none() | st.floats(-1e6, 1e6), "i": st.none() | st.integers(-9, 9), "s": st.none() | st.text(st.characters(codec="utf-8"), max_size=5), "b": st.none() | st.booleans()})
-ANY = TableSchema("any", tuple(Column(name, kind, "", nullable=True) for name, kind in (("n", "number"), ("i", "integer"), ("s", "string"), ("b", "boolean"))))
+TEXT = st.text(st.characters(codec="utf-8"), max_size=6)
+CELLS = {"number": st.floats(-1e6, 1e6), "integer": st.integers(-9, 9), "string": TEXT, "boolean": st.booleans()}
+ROWS = st.lists(st.fixed_dictionaries({kind: st.none() | cells for kind, cells in CELLS.items()}), max_size=40)
+ANY = TableSchema("any", tuple(Column(kind, kind, "", nullable=True) for kind in CELLS))
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.lists(VALUES, max_size=40), st.sampled_from(["none", "snappy", "gzip"]), st.sampled_from([1, 7, 1000]), st.booleans())
+@given(ROWS, st.sampled_from(["none", "snappy", "gzip"]), st.sampled_from([1, 7, 1000]), st.booleans())
 def test_a_tables_version_survives_any_compression_and_row_groups_of_its_file(rows, compression, group, dictionary):
     frame = pd.DataFrame({name: pd.Series([row[name] for row in rows], dtype=object) for name in ANY.names})
     with tempfile.TemporaryDirectory() as folder:
@@ -427,7 +433,11 @@ def test_json_lines_come_with_their_line_numbers_and_blank_lines_are_passed_over
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b'{"a": 1}\n{"a": \n', "line 2: not valid JSON"), (b'{"a": 1}\n\n[1]\n', "line 3: expected an object with fields, found list"), (b'{"a": "\xff"}', "not UTF-8")],
+    [
+        (b'{"a": 1}\n{"a": \n', "line 2: not valid JSON"),
+        (b'{"a": 1}\n\n[1]\n', "line 3: expected an object with fields, found list"),
+        (b'{"a": "\xff"}', "not UTF-8"),
+    ],
 )
 def test_a_line_that_is_no_object_is_refused_by_number(tmp_path, content, reason):
     (tmp_path / "f.jsonl").write_bytes(content)
@@ -505,11 +515,11 @@ def test_a_vector_of_another_width_than_the_models_is_refused():
 
 # --- randomness from keys ---------------------------------------------------------------------------------------------
 
-KEYS = st.lists(st.text(st.characters(codec="utf-8"), max_size=6), max_size=20, unique=True)
+KEYS = st.lists(TEXT, max_size=20, unique=True)
 
 
 @settings(deadline=None)
-@given(KEYS, st.text(st.characters(codec="utf-8"), max_size=6), st.integers())
+@given(KEYS, TEXT, st.integers())
 def test_adding_a_key_moves_no_other_two(keys, added, seed):
     without = [key for key in keys if key != added]
     assert [key for key in keyed_order([*without, added], seed) if key != added] == keyed_order(without, seed)

@@ -203,7 +203,8 @@ def test_a_limit_that_no_pair_fits_is_refused_with_the_setting_to_raise(tiny_lla
 def bare_pairs(count: int) -> CachedPairs:
     """Pairs that have lengths and nothing else; 97 is prime, so that lengths are mixed."""
     lengths = [1 + (31 * number) % 97 for number in range(count)]
-    return CachedPairs([f"p{number}" for number in range(count)], [[0] * length for length in lengths], [([0], [0])] * count, {}, torch.empty(count, 2), 0)
+    names, prompts = [f"p{number}" for number in range(count)], [[0] * length for length in lengths]
+    return CachedPairs(names, prompts, [([0], [0])] * count, {}, torch.empty(count, 2), too_long=0)
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(1, 4), (7, 4), (64, 4), (101, 8), (33, 1)])
@@ -219,6 +220,8 @@ def test_epochs_and_seeds_have_orders_of_their_own_and_the_same_again():
     orders = [epoch_batches(pool, epoch, 4, seed) for epoch, seed in ((1, 5), (2, 5), (1, 6))]
     assert orders[0] != orders[1] != orders[2] != orders[0]
     assert epoch_batches(pool, 1, 4, 5) == orders[0]
+    batches = [set(map(frozenset, order)) for order in orders]
+    assert not batches[0] & batches[1], "pairs meet other pairs in the next epoch"
 
 
 def test_batches_hold_pairs_of_similar_length_and_come_in_no_order_of_length():
@@ -228,8 +231,9 @@ def test_batches_hold_pairs_of_similar_length_and_come_in_no_order_of_length():
     order = [pair for batch in batches for pair in batch]
     random = np.random.default_rng(0).permutation(order).reshape(-1, 8)
     assert spread < 0.6 * np.mean([max(map(pool.length, batch)) - min(map(pool.length, batch)) for batch in random.tolist()])
-    means = [np.mean([pool.length(pair) for pair in batch]) for batch in batches]
-    assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.6
+    # Lengths are sorted within four batches at a time; over thirty epochs no place among the four may have the short ones.
+    means = [np.mean([pool.length(pair) for pair in batch]) for epoch in range(30) for batch in epoch_batches(pool, epoch, 8, seed=5)]
+    assert abs(np.corrcoef(means, np.arange(len(means)) % 4)[0, 1]) < 0.2
 
 
 PEAK = 0.2
@@ -270,10 +274,8 @@ REFUSING = ["no", "never", "nope", "not now", "no, never", "never, no"]
 
 def separable_pairs(count: int, start: int = 0) -> list[Pair]:
     """Pairs whose chosen reply agrees and whose rejected one refuses, to prompts that differ."""
-    return [
-        Pair(f"case {number}", [{"role": "user", "content": f"Item {number * 37 % 101}?"}], AGREEING[number % 6], REFUSING[(number // 6 + number) % 6])
-        for number in range(start, start + count)
-    ]
+    prompts = {number: [{"role": "user", "content": f"Item {number * 37 % 101}?"}] for number in range(start, start + count)}
+    return [Pair(f"case {number}", prompt, AGREEING[number % 6], REFUSING[(number // 6 + number) % 6]) for number, prompt in prompts.items()]
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +317,8 @@ def test_both_directions_are_trained(shared):
 
 def test_directions_are_a_fair_coin(shared):
     pool, heldout = (cached(shared["model"], separable_pairs(count), (3,)) for count in (24, 1))  # after the last block: cheap steps
-    directions = np.concatenate([train(shared["model"], 3, pool, heldout, replace(SCHEDULE, batch_size=1, epochs=4), seed=seed).directions for seed in range(2)])
+    settings = replace(SCHEDULE, batch_size=1, epochs=4)
+    directions = np.concatenate([train(shared["model"], 3, pool, heldout, settings, seed=seed).directions for seed in range(2)])
     assert len(directions) == 192 and abs(directions.sum()) < 3 * math.sqrt(192)
     assert abs((directions[1:] * directions[:-1]).sum()) < 3 * math.sqrt(191), "neighbouring steps are independent"
 
@@ -399,13 +402,10 @@ def test_held_out_figures_are_the_formulas_means_over_pairs(shared, direction):
     model, pairs = shared["model"], separable_pairs(12, start=24)
     vector = torch.from_numpy(shared["trained"].vectors[0])
     found = evaluate(model, LAYER, shared["heldout"], vector, 1, direction, replace(SCHEDULE, batch_size=5), lambda _pairs: None)
+    sides = [(pair, side) for pair in pairs for side in ("chosen", "rejected")]
     with torch.no_grad():
-        rewards = BETA * torch.tensor(
-            [
-                [sequence_log_prob(model, pair, side, direction * vector, LAYER) - sequence_log_prob(model, pair, side, None, LAYER) for side in ("chosen", "rejected")]
-                for pair in pairs
-            ]
-        )
+        steered, plain = ([sequence_log_prob(model, *side, added, LAYER) for side in sides] for added in (direction * vector, None))
+        rewards = BETA * (torch.tensor(steered) - torch.tensor(plain)).view(12, 2)
         loss = naive_loss(model, pairs, vector, direction).item()
     assert found.loss == pytest.approx(loss, abs=1e-4)
     assert [found.reward_chosen, found.reward_rejected] == pytest.approx(rewards.mean(0).tolist(), abs=1e-4)
