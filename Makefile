@@ -27,11 +27,14 @@ help:  ## list the targets
 run: $(INSTALLED)  ## compute the quickstart study on the embedded model; says where its report is
 	@$(BIN)/relseek run quickstart
 
+# Data that may lie beside the checkout, unless the variable is set already; where there is none, it stays unset and the tests that need it say so.
+beside = $(if $(wildcard $(SHARED)/$(2)),$(eval test: export $(1) ?= $(SHARED)/$(2)))
+$(call beside,RELSEEK_RELEASE,release)
+$(call beside,RELSEEK_RELEASE_AXES,release_axes)
+$(call beside,RELSEEK_BENCHMARK_DATA,benchmark_data)
+
 test: $(INSTALLED_DEV) chromium lint  ## lint, types and the whole suite
-	@RELSEEK_RELEASE="$${RELSEEK_RELEASE-$(wildcard $(SHARED)/release)}" \
-	 RELSEEK_RELEASE_AXES="$${RELSEEK_RELEASE_AXES-$(wildcard $(SHARED)/release_axes)}" \
-	 RELSEEK_BENCHMARK_DATA="$${RELSEEK_BENCHMARK_DATA-$(wildcard $(SHARED)/benchmark_data)}" \
-	 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(INSTALLED_DEV)  ## ruff and mypy
 	@$(BIN)/ruff check .
