@@ -67,7 +67,9 @@ def read_asset(workspace: Workspace, name: str, wanted: Sequence[str] = ()) -> p
         raise ExchangeError(
             f"{asset.name}: {missing} of the partitions named have not been computed; `relseek run {workspace.study.name} --select {asset.name}`"
         )
-    return pd.concat([storage.read_table(path, asset.schema) for path in there], ignore_index=True)
+    # whole numbers stay so beside empty cells: as floats, seeds would lose their last digits
+    whole = {column.name: "Int64" for column in asset.schema.columns if column.kind == "integer" and column.nullable}
+    return pd.concat([storage.read_table(path, asset.schema).astype(whole) for path in there], ignore_index=True)
 
 
 def export(frame: pd.DataFrame, form: str) -> Any:

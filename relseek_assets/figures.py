@@ -87,7 +87,7 @@ def training_curves(frame: pd.DataFrame) -> Figure:
             right.errorbar(part["epoch"], part["accuracy"], yerr=error, linestyle=dash, capsize=2, **style)
     for axes in (left, right):
         axes.set_xticks(sorted(frame["epoch"].unique()))
-    left.set(xlabel="epoch", ylabel="held-out loss (nats)", ylim=(0, None), title="BiPO loss")
+    left.set(xlabel="epoch", ylabel="held-out loss (nats)", ylim=(0, 1.08 * frame["loss"].max()), title="BiPO loss")
     right.set(xlabel="epoch", ylabel="sign-correct accuracy", ylim=(0, 1.05), title="Accuracy ± standard error")
     left.legend(fontsize=7)
     return figure
@@ -98,7 +98,7 @@ def vector_norms(frame: pd.DataFrame) -> Figure:
     figure, (axes,) = blank()
     for label, line, style in _styled(frame, ["site"]):
         axes.plot(line["epoch"], line["norm"], label=label, **style)
-    axes.set(xlabel="epoch", ylabel="norm of v (residual-stream units)", ylim=(0, None), title="Vector norm by epoch")
+    axes.set(xlabel="epoch", ylabel="norm of v (residual-stream units)", ylim=(0, 1.08 * frame["norm"].max()), title="Vector norm by epoch")
     axes.set_xticks(sorted(frame["epoch"].unique()))
     axes.legend(fontsize=8)
     return figure

@@ -27,6 +27,7 @@ from relseek_assets.stage import StageAsset, Store, multi, partition_order
 from relseek_assets.study import Study
 
 Node = tuple[str, str | None]
+EXPLAINED = ("StorageError", "BehaviourError", "ModelError")  # errors that say what to do; what they were raised from does not
 PROCESS_TAG = "relseek/process"  # host:pid of the `relseek run` that a run lives in
 
 
@@ -247,7 +248,7 @@ class Workspace:
         if not result.success:
             failures = [event for event in result.all_events if event.is_step_failure]
             error = failures[0].step_failure_data.error if failures else None
-            while error is not None and error.cause is not None:
+            while error is not None and error.cause is not None and error.cls_name not in EXPLAINED:
                 error = error.cause
             message = error.message.strip() if error else "see the run in the UI"
             raise PlanError(f"{name} failed: {message}\n(run {result.run_id}; `relseek run` again goes on from here)")

@@ -115,6 +115,9 @@ def changed_files(study: Study) -> dg.SensorDefinition:
     )
     def look(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         found = changes(study, context.instance)
-        return dg.SensorResult(asset_events=found) if found else dg.SkipReason("no source has changed")
+        if not found:
+            return dg.SkipReason("no source has changed")
+        # a tick that requests no run counts as skipped; the reason is what its page shows
+        return dg.SensorResult(asset_events=found, skip_reason=f"new versions of {', '.join(event.asset_key.path[-1] for event in found)}")
 
     return look

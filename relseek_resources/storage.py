@@ -258,11 +258,19 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
     Raises:
         StorageError: an array with NaN or infinity, or a file that cannot be written.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     checked = {name: check_finite(array, f"{path}: {name}") for name, array in sorted(tensors.items())}
-    replace_atomically(path, lambda temporary: save_file(checked, temporary, metadata=dict(metadata)))
+    write_bytes(path, _in_order(save(checked, metadata=dict(metadata))))
     return tensors_version(checked)
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its header's keys sorted: the library leaves their order to chance, and the same tensors should be the same bytes."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:start]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[start:]
 
 
 def tensors_version(tensors: Mapping[str, np.ndarray]) -> str:

@@ -1,4 +1,4 @@
-"""A real Dagster UI with its daemon on a study whose judges are fitted and whose vectors are trained, and a headless browser in front of it.
+"""A real Dagster UI with its daemon on a study whose vectors are trained and whose sweep is not, and a headless browser in front of it.
 
 `relseek ui` runs as a user starts it, in a process of its own with a Dagster home of its own. Screenshots go to the folder that
 RELSEEK_SCREENSHOTS names, or else to a temporary one.
@@ -23,7 +23,7 @@ import psutil
 import pytest
 import requests
 
-from tests.platform.conftest import CHECKOUT, Platform, judged_session, tiny_model_folder  # noqa: F401  (fixtures)
+from tests.platform.conftest import CHECKOUT, Platform, _new, tiny_model_folder  # noqa: F401  (the last is a fixture)
 
 WIDTH, HEIGHT = 1400, 900
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -40,28 +40,17 @@ FLAGS = [
 START_SECONDS = 240  # about 25 on an idle machine, with a code location for every study
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker runs them all, since they share a UI."""
-    for item in items:
-        if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.browser)
-            item.add_marker(pytest.mark.slow)
-            item.add_marker(pytest.mark.xdist_group("browser"))
-
-
-def wait_for(what: str, found: Callable[[], Any], seconds: float) -> Any:
-    """The first true answer; fails saying what was waited for."""
-    end = time.monotonic() + seconds
-    while not (answer := found()):
-        if time.monotonic() > end:
-            pytest.fail(f"waited {seconds:.0f} s in vain for {what}")
-        time.sleep(0.5)
-    return answer
+READY = """
+{
+  workspaceOrError { ... on Workspace { locationEntries { name loadStatus } } }
+  instance { daemonHealth { allDaemonStatuses { daemonType healthy } } }
+}
+"""
 
 
 @dataclass
 class Ui:
-    """The UI of a platform: its address, its log, and questions to it in GraphQL."""
+    """The UI of a study: its address, its log, and questions to it in GraphQL."""
 
     platform: Platform
     url: str
@@ -71,6 +60,16 @@ class Ui:
         answer = requests.post(f"{self.url}/graphql", json={"query": query, "variables": variables}, timeout=60).json()
         assert "errors" not in answer, answer["errors"]
         return answer["data"]
+
+    @staticmethod
+    def wait_for(what: str, found: Callable[[], Any], seconds: float) -> Any:
+        """The first true answer; fails saying what was waited for."""
+        end = time.monotonic() + seconds
+        while not (answer := found()):
+            if time.monotonic() > end:
+                pytest.fail(f"waited {seconds:.0f} s in vain for {what}")
+            time.sleep(0.5)
+        return answer
 
     def is_ready(self) -> bool:
         """Whether every code location has loaded and the daemon is at work."""
@@ -88,14 +87,6 @@ class Ui:
 
     def text(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
-
-
-READY = """
-{
-  workspaceOrError { ... on Workspace { locationEntries { name loadStatus } } }
-  instance { daemonHealth { allDaemonStatuses { daemonType healthy } } }
-}
-"""
 
 
 @contextlib.contextmanager
@@ -145,10 +136,10 @@ def end_all(process: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.fixture(scope="session")
-def ui(judged_session: Platform, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:  # noqa: F811
-    """The UI on a study with fitted judges and trained vectors, of which no reply is generated and no judge's calibration is there."""
-    platform = judged_session.copy(tmp_path_factory.mktemp("browser"))
-    done = platform.process("run", "STUDY", "--select", "steering_vectors")
+def ui(browser: Any, tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:  # noqa: F811
+    """The UI on a tiny study of which only the pairs, their lengths, the vectors and each site's summary of them are there."""
+    platform = _new(Platform(tmp_path_factory.mktemp("browser"), tiny_model_folder))
+    done = platform.process("run", "STUDY", "--select", "conversation_lengths", "--select", "site_vector_summary")
     assert done.returncode == 0, done.stdout + done.stderr
     with serving(platform) as found:
         yield found

@@ -150,6 +150,20 @@ class Platform:
         root = self.home / "store"
         return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(root.rglob("*")) if path.is_file()}
 
+    @contextlib.contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Make sure that the block changes no file of the store and records no event of an asset."""
+
+        def looked() -> tuple[dict[str, str], int]:
+            import dagster as dg
+
+            with dg.DagsterInstance.from_config(str(self.home)) as instance:
+                return self.stored(), sum(len(instance.fetch_materializations(key, limit=500).records) for key in instance.get_asset_keys())
+
+        before = looked()
+        yield
+        assert looked() == before
+
 
 def tiny_model(folder: Path) -> None:
     """A random Llama of four blocks and width 32 with the embedded model's tokenizer."""
@@ -179,7 +193,6 @@ def small_behaviour(folder: Path) -> None:
 
 def _session_folder(factory: pytest.TempPathFactory) -> Path:
     """One folder for all workers of a session."""
-    if os.environ.get("DEVKEEP"): return Path(os.environ["DEVKEEP"])
     base = factory.getbasetemp()
     return base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
 

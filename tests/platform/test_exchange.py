@@ -24,6 +24,10 @@ def rows_of(platform: Any, asset: str, *more: str) -> list[dict[str, Any]]:
     return json.loads(shown.output)
 
 
+def items_of(platform: Any) -> list[str]:
+    return sorted(pd.read_parquet(platform.files / "generations" / "m:L01" / "e03@1_0.parquet")["item"])
+
+
 def states(platform: Any) -> dict[tuple[str, str | None], str]:
     with platform.workspace() as workspace:
         return {(name, None if partition is None else str(partition)): state.status for (name, partition), state in workspace.states().items()}
@@ -70,9 +74,9 @@ def test_a_vector_from_elsewhere_takes_its_place_with_its_provenance_and_flows_o
     assert found["generations", "m:L02|e03@1_0"] == "fresh"
     assert found["report", None] == "stale"
 
-    assert finished.command("run", "STUDY").exit_code == 0
+    assert finished.command("run", "STUDY", "--select", "vector_summary", "--select", "judge_scores").exit_code == 0
     found = states(finished)
-    assert set(found.values()) == {"fresh", "imported"}
+    assert {status for (name, _), status in found.items() if name in ("vector_summary", "generations", "judge_scores")} == {"fresh"}
     assert [node for node, status in found.items() if status == "imported"] == [("steering_vectors", "m:L01|e03")]
     np.testing.assert_array_equal(load_file(kept)["vector"], vector)
     assert {row["item"]: row["reply"] for row in rows_of(finished, "generations", "--partition", CELL)} != replies
@@ -95,12 +99,13 @@ def test_an_imported_vector_is_not_asked_for_again_when_training_changes(finishe
 
 @pytest.mark.slow
 def test_replies_from_elsewhere_are_measured_and_judged(finished: Any, tmp_path: Path) -> None:
-    items = [row["item"] for row in rows_of(finished, "generations", "--partition", CELL)]
+    items = items_of(finished)
     written = {item: f"I am so glad that you came back to me, my friend. {number} times I thought of you!" for number, item in enumerate(items)}
     file = tmp_path / "replies.jsonl"
     file.write_text(
         "".join(json.dumps({"site": "m:L01", "epoch": 3, "multiplier": 1, "item": item, "reply": text}) + "\n" for item, text in written.items())
     )
+    seeds = {(row["site"], row["epoch"], row["multiplier"], row["item"]): row["seed"] for row in rows_of(finished, "generations")}
     before = {row["item"]: row["score"] for row in rows_of(finished, "judge_scores", "--partition", CELL) if row["rubric"] == "relationship"}
 
     bring(finished, "generations", "STUDY", file, "--note", "written by an author")
@@ -110,7 +115,7 @@ def test_replies_from_elsewhere_are_measured_and_judged(finished: Any, tmp_path:
     assert found["steering_vectors", "m:L01|e03"] == found["judge_scores", "m:L01|e03@0_0"] == "fresh"
     assert metadata(finished, "generations", CELL)["note"] == "written by an author"
 
-    assert finished.command("run", "STUDY").exit_code == 0
+    assert finished.command("run", "STUDY", "--select", "judge_scores").exit_code == 0
     rows = rows_of(finished, "generations", "--partition", CELL)
     assert {row["item"]: row["reply"] for row in rows} == written
     assert {row["source"] for row in rows} == {"imported"}
@@ -120,22 +125,24 @@ def test_replies_from_elsewhere_are_measured_and_judged(finished: Any, tmp_path:
     assert all(after[item] > before[item] for item in items)
     metrics = rows_of(finished, "generation_metrics", "--partition", CELL)
     assert all(row["perplexity"] > 1 and row["mean_log_prob"] < 0 for row in metrics)
-    assert set(states(finished).values()) == {"fresh", "imported"}
+    drawn = {(row["site"], row["epoch"], row["multiplier"], row["item"]): row["seed"] for row in rows_of(finished, "generations")}
+    assert {seed for (*cell, _), seed in drawn.items() if cell == ["m:L01", 3, 1.0]} == {None}
+    assert {place: seed for place, seed in drawn.items() if seed is not None}.items() <= seeds.items(), "to the last digit"
 
 
-def scores_file(path: Path, items: list[str], *, multiplier: float = 1.0) -> Path:
+def scores_file(path: Path, items: list[str]) -> Path:
     with path.open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["site", "epoch", "multiplier", "item", "rubric", "judge", "score", "cost_usd"])
         for number, item in enumerate(items):
-            writer.writerow(["m:L01", 3, multiplier, item, "relationship", "two raters", 9 if number % 2 else 8.5, 0.25])
-            writer.writerow(["m:L01", 3, multiplier, item, "coherence", "two raters", 7, 0.25])
+            writer.writerow(["m:L01", 3, 1, item, "relationship", "two raters", 9 if number % 2 else 8.5, 0.25])
+            writer.writerow(["m:L01", 3, 1, item, "coherence", "two raters", 7, 0.25])
     return path
 
 
 @pytest.mark.slow
 def test_scores_from_elsewhere_enter_the_estimates(finished: Any, tmp_path: Path) -> None:
-    items = [row["item"] for row in rows_of(finished, "generations", "--partition", CELL)]
+    items = items_of(finished)
     file = scores_file(tmp_path / "scores.csv", items)
     bring(finished, "scores", "STUDY", file, "--note", "rated by two people")
     found = states(finished)
@@ -145,23 +152,23 @@ def test_scores_from_elsewhere_enter_the_estimates(finished: Any, tmp_path: Path
     recorded = metadata(finished, "judge_scores", CELL)
     assert recorded["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
 
+    # raters who looked at one rubric alone, of another vector
+    alone = tmp_path / "alone.csv"
+    lines = file.read_text().replace("m:L01,3", "m:L02,2").splitlines(keepends=True)
+    alone.write_text("".join(line for line in lines if ",coherence," not in line))
+    bring(finished, "scores", "STUDY", alone)
+
     done = finished.command("run", "STUDY")
     assert done.exit_code == 0, done.output
     response = [row for row in rows_of(finished, "dose_response", "--partition", "m:L01|e03") if row["multiplier"] == 1]
     estimates = {(row["rubric"], row["judge"]): (row["estimate"], row["n"]) for row in response}
     assert estimates == {("relationship", "two raters"): (8.75, len(items)), ("coherence", "two raters"): (7.0, len(items))}
+    rated = [row for row in rows_of(finished, "dose_response", "--partition", "m:L02|e02") if row["multiplier"] == 1]
+    assert {(row["rubric"], row["estimate"]) for row in rated} == {("relationship", 8.75)}, "and no coherence made up"
+    chosen = {(row["site"], row["epoch"]): row["coherence_auc"] for row in rows_of(finished, "selection")}
+    assert chosen["m:L02", 2] is None
+    assert chosen["m:L02", 3] is not None
     assert sum(row["cost_usd"] for row in rows_of(finished, "judge_scores", "--partition", CELL)) == pytest.approx(0.5 * len(items))
-    assert set(states(finished).values()) == {"fresh", "imported"}
-
-
-@pytest.mark.slow
-def test_scores_of_one_rubric_alone_flow_on_too(finished: Any, tmp_path: Path) -> None:
-    items = [row["item"] for row in rows_of(finished, "generations", "--partition", CELL)]
-    file = scores_file(tmp_path / "scores.csv", items)
-    file.write_text("".join(line for line in file.read_text().splitlines(keepends=True) if ",coherence," not in line))
-    bring(finished, "scores", "STUDY", file)
-    done = finished.command("run", "STUDY")
-    assert done.exit_code == 0, done.output
     assert set(states(finished).values()) == {"fresh", "imported"}
 
 
@@ -188,31 +195,29 @@ BAD_SCORES = {
 @pytest.mark.parametrize("fault", BAD_GENERATIONS)
 def test_one_bad_reply_leaves_everything_as_it_was(finished: Any, tmp_path: Path, fault: str) -> None:
     change, told = BAD_GENERATIONS[fault]
-    item = rows_of(finished, "generations", "--partition", CELL)[0]["item"]
+    item = items_of(finished)[0]
     file = tmp_path / "replies.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ({**GENERATION, "item": item}, {**GENERATION, "item": item, **change})))
-    before = finished.stored(), states(finished)
-    done = finished.command("import", "generations", "STUDY", file)
+    with finished.untouched():
+        done = finished.command("import", "generations", "STUDY", file)
     assert done.exit_code == 1, done.output
     assert isinstance(done.exception, SystemExit)
     for words in (str(file), *told):
         assert words in done.output
-    assert (finished.stored(), states(finished)) == before
 
 
 @pytest.mark.parametrize("fault", BAD_SCORES)
 def test_one_bad_score_leaves_everything_as_it_was(finished: Any, tmp_path: Path, fault: str) -> None:
     change, told = BAD_SCORES[fault]
-    item = rows_of(finished, "generations", "--partition", CELL)[0]["item"]
+    item = items_of(finished)[0]
     file = tmp_path / "scores.csv"
     pd.DataFrame([{**SCORE, "item": item}, {**SCORE, "item": item, **change}]).to_csv(file, index=False)
-    before = finished.stored(), states(finished)
-    done = finished.command("import", "scores", "STUDY", file)
+    with finished.untouched():
+        done = finished.command("import", "scores", "STUDY", file)
     assert done.exit_code == 1, done.output
     assert isinstance(done.exception, SystemExit)
     for words in (str(file), *told):
         assert words in done.output
-    assert (finished.stored(), states(finished)) == before
 
 
 def test_replies_cannot_come_before_the_prompts_are_known(blank: Any, tmp_path: Path) -> None:
@@ -250,6 +255,8 @@ def test_a_table_is_the_same_in_all_three_forms(finished_session: Any, tmp_path:
                 assert bool(cells[name]) is value
             elif isinstance(value, str):
                 assert line[name] == cells[name] == value
+            elif isinstance(value, int):
+                assert int(line[name]) == int(cells[name]) == value, "seeds have more digits than a float"
             else:
                 assert float(line[name]) == float(cells[name]) == value
 
@@ -262,7 +269,7 @@ def test_what_is_missing_is_null_in_json_and_never_nan(finished_session: Any) ->
     rows = json.loads(text, parse_constant=no_constant)
     absent = [row for row in rows if row["metric"] == "spearman" and row["n"] == 0]
     assert absent, "without the release its correlations are absent"
-    assert all(row["value"] is None and row["lower"] is None and "RELSEEK_RELEASE" in row["status"] for row in absent)
+    assert all(row["value"] is None and row["lower"] is None and row["status"].startswith("absent: ") for row in absent)
     assert {row["first_shown"] for row in rows_of(finished_session, "judge_pairs")} == {None}
 
 
@@ -293,7 +300,7 @@ def test_a_table_that_is_not_there_says_what_to_do(finished_session: Any, blank:
 
 
 def test_the_difference_of_two_stores_names_versions_and_estimates_with_intervals(finished_session: Any, finished: Any, tmp_path: Path) -> None:
-    items = [row["item"] for row in rows_of(finished, "generations", "--partition", CELL)]
+    items = items_of(finished)
     bring(finished, "scores", "STUDY", scores_file(tmp_path / "scores.csv", items))
     with finished.workspace() as workspace:
         workspace.run(["dose_response"])

@@ -23,27 +23,6 @@ from relseek_assets.study import StudyError, load_study
 WIDTH = 32  # of the tiny model's residual stream
 
 
-def events(platform: Any) -> int:
-    """The newest event of the instance: grows with every materialisation."""
-    with platform.workspace() as workspace:
-        return max(
-            (
-                records[0].storage_id
-                for name in workspace.catalogue
-                if (records := workspace.instance.fetch_materializations(workspace.stage.key(name), limit=1).records)
-            ),
-            default=0,
-        )
-
-
-@contextlib.contextmanager
-def nothing_written(platform: Any) -> Iterator[None]:
-    """The store's bytes and the instance's materialisations are the same after the block."""
-    before = platform.stored(), events(platform)
-    yield
-    assert (platform.stored(), events(platform)) == before
-
-
 def refused(platform: Any, *arguments: object) -> str:
     """The one message of a command that must fail without a traceback, on one line."""
     result = platform.command(*arguments)
@@ -90,7 +69,7 @@ def _text(path: Path, text: str) -> Path:
 def test_a_bad_vector_is_refused(finished: Any, tmp_path: Path, fault: str) -> None:
     make, told = BAD_VECTORS[fault]
     file = make(tmp_path)
-    with nothing_written(finished):
+    with finished.untouched():
         message = refused(finished, "import", "vector", "STUDY", file, "--site", "m:L01", "--epoch", 3)
     assert str(file) in message
     for words in told:
@@ -100,7 +79,7 @@ def test_a_bad_vector_is_refused(finished: Any, tmp_path: Path, fault: str) -> N
 @pytest.mark.parametrize(("site", "epoch", "told"), [("m:L09", 3, "its sites are m:L01, m:L02"), ("m:L01", 4, "no partition m:L01|e04")])
 def test_a_vector_without_a_place_in_the_study_is_refused(finished: Any, tmp_path: Path, site: str, epoch: int, told: str) -> None:
     file = vector_file(tmp_path / "vector.safetensors", np.ones(WIDTH))
-    with nothing_written(finished):
+    with finished.untouched():
         message = refused(finished, "import", "vector", "STUDY", file, "--site", site, "--epoch", epoch)
     assert told in message
     assert "tiny.toml" in message
@@ -137,7 +116,7 @@ def of_unknown_type(row: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"), [(without_reply, "antitarget is missing"), (with_empty_reply, "target is empty"), (of_unknown_type, "type '3Z' is none of 1A")]
+    ("spoil", "told"), [(without_reply, "antitarget is missing"), (with_empty_reply, "target must be a text that is not empty"), (of_unknown_type, "type '3Z' is none of 1A")]
 )
 def test_a_conversation_that_is_no_pair_is_refused_and_the_mended_file_is_the_one_that_was_there(finished: Any, spoil: Any, told: str) -> None:
     file = finished.behaviour / "conversations.jsonl"
@@ -146,7 +125,7 @@ def test_a_conversation_that_is_no_pair_is_refused_and_the_mended_file_is_the_on
     row = json.loads(lines[2])
     spoil(row)
     file.write_text("\n".join([*lines[:2], json.dumps(row), *lines[3:], ""]), encoding="utf-8")
-    with nothing_written(finished):
+    with finished.untouched():
         message = refused(finished, "run", "STUDY", "--select", "preference_pairs")
     assert f"{file}, line 3" in message
     assert told in message
@@ -158,7 +137,7 @@ def test_a_conversation_that_is_no_pair_is_refused_and_the_mended_file_is_the_on
 
 def test_a_rubric_whose_bands_leave_the_scale_is_refused(finished: Any) -> None:
     finished.edit("scale_max = 10", "scale_max = 12", "behaviour/rating_rubric.toml")
-    with nothing_written(finished):
+    with finished.untouched():
         message = refused(finished, "run", "STUDY", "--select", "judge_scores")
     assert "rating_rubric.toml" in message
     assert "six bands" in message
@@ -259,7 +238,7 @@ def test_a_full_disk_ends_the_run_with_a_message_and_space_lets_it_go_on(on_smal
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as stream:
         while stream.write(bytes(4096)):
             pass
-    with nothing_written(on_small_disk):
+    with on_small_disk.untouched():
         message = refused(on_small_disk, "run", "STUDY")
     assert "No space left on device" in message
     assert "RELSEEK_STORE" in message
@@ -273,7 +252,7 @@ def test_a_store_mounted_read_only_ends_the_run_with_a_message(on_small_disk: An
     store = on_small_disk.home / "store"
     (on_small_disk.files / "selection" / "all.parquet").unlink()
     subprocess.run(["mount", "-o", "remount,ro", str(store)], check=True)
-    with nothing_written(on_small_disk):
+    with on_small_disk.untouched():
         message = refused(on_small_disk, "run", "STUDY", "--select", "selection")
     assert "Read-only file system" in message
     assert "RELSEEK_STORE" in message
@@ -302,7 +281,7 @@ def test_a_file_size_limit_leaves_the_partition_as_it_was(finished: Any, tmp_pat
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({**row, "reply": letters.randbytes(12_000_000).hex()}) + "\n")
     limit = 8_000_000
-    with nothing_written(finished):
+    with finished.untouched():
         done = finished.process("import", "generations", "STUDY", long, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
