@@ -237,7 +237,7 @@ class Workspace:
         tags = {}
         if box[0] is not None:
             tags = {ASSET_PARTITION_RANGE_START_TAG: str(box[0]), ASSET_PARTITION_RANGE_END_TAG: str(box[-1])}
-        checks = [check for check in self.graph.asset_check_keys if check.asset_key in (key, *self._checked_sources(key))]
+        checks = [check for check in self.definitions.resolve_asset_graph().asset_check_keys if check.asset_key in (key, *self._checked_sources(key))]
         job = self.definitions.resolve_implicit_global_asset_job_def().get_subset(asset_selection={key}, asset_check_selection=set(checks))
         result = job.execute_in_process(
             instance=self.instance,

@@ -152,12 +152,10 @@ class TableSchema:
 
     def _column(self, values: pd.Series, column: Column, where: str) -> pa.Array:
         what = f"{where}: column {column.name} of table {self.name}"
-        items = [None if _is_null(value) else value for value in values.tolist()]
-        if column.kind == "json":
-            items = [None if item is None else json.dumps(item, ensure_ascii=False, sort_keys=True) for item in items]
         try:
+            items = [None if _is_null(value) else _of_kind(value, column.kind) for value in values.tolist()]
             array = pa.array(items, column.arrow_type)
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, TypeError, UnicodeEncodeError) as error:
             raise StorageError(f"{what} is declared as {column.kind}: {error}") from error
         if not column.nullable and array.null_count:
             raise StorageError(f"{what} has {array.null_count} empty or NaN values and may have none")
@@ -174,7 +172,20 @@ class TableSchema:
 
 
 def _is_null(value: Any) -> bool:
-    return value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value))
+    return value is None or value is pd.NA or (isinstance(value, float | np.floating) and bool(np.isnan(value)))
+
+
+def _of_kind(value: Any, kind: str) -> Any:
+    """`value` as Arrow should store it, refusing what Arrow would quietly turn into something else."""
+    if kind == "json":
+        return json.dumps(value, ensure_ascii=False, sort_keys=True)
+    if kind in ("integer", "number") and isinstance(value, bool | np.bool_):
+        raise TypeError(f"found the truth value {value}")
+    if kind == "integer" and isinstance(value, float | np.floating):
+        if value != int(value):
+            raise TypeError(f"found {value}")
+        return int(value)
+    return value
 
 
 def table_version(table: pa.Table) -> str:

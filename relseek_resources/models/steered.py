@@ -48,7 +48,7 @@ class TokenScores:
         return float(np.mean(self.log_probs))
 
 
-@dataclass
+@dataclass(eq=False)
 class _Steering:
     """One active vector: `added` is multiplier x vector, shape (rows or 1, 1, width)."""
 
@@ -85,6 +85,7 @@ class SteeredModel:
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self.ends, default=0)
         self._steering: list[_Steering] = []
         self._rows: torch.Tensor | None = None
+        self._resumed_after = -1
 
     @property
     def device(self) -> torch.device:
@@ -113,20 +114,22 @@ class SteeredModel:
         doses = torch.as_tensor(multiplier, dtype=torch.float32, device=self.device)
         if doses.ndim > 1 or not torch.isfinite(doses).all():
             raise ModelError(f"the multiplier must be a finite number or a row of them, got {multiplier!r}")
-        if not doses.any():
-            yield self  # λ = 0 is the unsteered model: no hook at all
-            return
         added = (doses.reshape(-1, 1, 1) * direction).to(self.dtype)
         steering = _Steering(layer, added, rows=len(doses) if doses.ndim else None)
-        handle = self.blocks[layer].register_forward_hook(lambda _module, _inputs, output: self._add(output, steering))
+        handle = None  # λ = 0 is the unsteered model: no hook at all
+        if doses.any():
+            handle = self.blocks[layer].register_forward_hook(lambda _module, _inputs, output: self._add(output, steering))
         self._steering.append(steering)
         try:
             yield self
         finally:
-            handle.remove()
             self._steering.remove(steering)
+            if handle is not None:
+                handle.remove()
 
     def _add(self, output: Any, steering: _Steering) -> Any:
+        if steering.layer <= self._resumed_after:
+            return output  # the stream that was handed in has felt this vector already
         added = steering.added
         if steering.rows is not None:
             added = added if self._rows is None else added[self._rows]
@@ -238,8 +241,10 @@ class SteeredModel:
             for block in skipped[:-1]:
                 block.forward = _pass_through
             skipped[-1].forward = lambda *_args, **_kwargs: stream
+            self._resumed_after = layer
             return self.hidden(batch)
         finally:
+            self._resumed_after = -1
             for block in skipped:
                 block.__dict__.pop("forward", None)
 
@@ -305,16 +310,20 @@ class SteeredModel:
     ) -> dict[float, list[TokenScores]]:
         """Scores of the same replies at every dose. Blocks up to `layer` do not feel the vector and run once for all doses."""
         direction = self.check_vector(vector)
+        if not np.isfinite(list(multipliers)).all():
+            raise ModelError(f"the multipliers must be finite numbers, got {list(multipliers)}")
+        self._check_rows(len(prompts))
         check_tokens(prompts, replies)
         scores: dict[float, dict[int, TokenScores]] = {multiplier: {} for multiplier in multipliers}
         for rows in by_length([len(p) + len(r) for p, r in zip(prompts, replies, strict=True)], batch_size):
             batch = self.batch([[*prompts[row], *replies[row]] for row in rows])
-            stream = self.run_to(batch, [layer])[0][layer]
-            for multiplier in multipliers:
-                hidden = self.run_from(batch, layer, stream + (multiplier * direction).to(stream.dtype))
-                values = self.reply_log_probs(hidden, [prompts[row] for row in rows], [replies[row] for row in rows])
-                scores[multiplier].update({row: TokenScores(tuple(value.tolist())) for row, value in zip(rows, values, strict=True)})
-                on_batch(len(rows))
+            with self._on_rows(rows):
+                stream = self.run_to(batch, [layer])[0][layer]
+                for multiplier in multipliers:
+                    hidden = self.run_from(batch, layer, stream + (multiplier * direction).to(stream.dtype))
+                    values = self.reply_log_probs(hidden, [prompts[row] for row in rows], [replies[row] for row in rows])
+                    scores[multiplier].update({row: TokenScores(tuple(value.tolist())) for row, value in zip(rows, values, strict=True)})
+                    on_batch(len(rows))
         return {multiplier: [found[row] for row in range(len(prompts))] for multiplier, found in scores.items()}
 
     @torch.inference_mode()
@@ -363,6 +372,8 @@ class SteeredModel:
             if sampling.temperature > 0:
                 raise ModelError("sampling needs one seed a row; give seeds=[...], or Sampling(temperature=0) for greedy replies")
             seeds = [0] * len(conversations)
+        if len(seeds) != len(conversations):
+            raise ModelError(f"{len(seeds)} seeds for {len(conversations)} conversations; give one seed a row")
         self._check_rows(len(conversations))
         prompts = [self.prompt_tokens(conversation) for conversation in conversations]
         replies: dict[int, Reply] = {}

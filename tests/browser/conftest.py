@@ -37,6 +37,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+WAIT_MS = 60_000  # for anything to appear: a busy machine takes its time
 START_SECONDS = 240  # about 25 on an idle machine, with a code location for every study
 
 
@@ -151,6 +152,7 @@ def browser() -> Iterator[Any]:
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
     if program is None:
         pytest.skip("the browser tests need Chromium on the PATH")
+    sync_api.expect.set_options(timeout=WAIT_MS)
     with sync_api.sync_playwright() as playwright:
         found = playwright.chromium.launch(executable_path=program, args=FLAGS)
         yield found
@@ -169,7 +171,7 @@ def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page(browser: Any, ui: Ui, screenshots: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
     """A new window on the UI. Where a test fails, its last sight is among the screenshots."""
     context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT}, base_url=ui.url, locale="en-GB")
-    context.set_default_timeout(30_000)
+    context.set_default_timeout(WAIT_MS)
     found = context.new_page()
     failed = request.session.testsfailed
     yield found

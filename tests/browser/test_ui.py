@@ -38,10 +38,10 @@ SENSOR = """
 """
 
 
-def expect(locator: Any, **options: Any) -> Any:
+def expect(locator: Any) -> Any:
     from playwright.sync_api import expect as expect_
 
-    return expect_(locator, **options)
+    return expect_(locator)
 
 
 def button(page: Any, text: str) -> Any:
@@ -75,9 +75,9 @@ def stale(ui: Ui, *assets: str) -> dict[str, tuple[str, list[str]]]:
 
 def test_an_asset_is_materialised_from_its_page(page: Any, ui: Ui) -> None:
     page.goto("/assets/tiny/vector_summary?view=overview")
-    expect(page.get_by_text("Never materialized")).to_be_visible(timeout=30_000)
+    expect(page.get_by_text("Never materialized")).to_be_visible()
     button(page, "Materialize").click()
-    expect(page.get_by_text("Launched run")).to_be_visible(timeout=30_000)
+    expect(page.get_by_text("Launched run")).to_be_visible()
 
     def ended() -> list[str]:
         runs = ui.ask(RUNS)["runsOrError"]["results"]
@@ -85,7 +85,7 @@ def test_an_asset_is_materialised_from_its_page(page: Any, ui: Ui) -> None:
         return mine if mine and mine[0] in ("SUCCESS", "FAILURE", "CANCELED") else []
 
     assert ui.wait_for("the run to end", ended, RUN_SECONDS) == ["SUCCESS"], ui.text()[-4000:]
-    expect(page.get_by_text("Never materialized")).to_be_hidden(timeout=30_000)
+    expect(page.get_by_text("Never materialized")).to_be_hidden()
     summary = pd.read_parquet(ui.platform.files / "vector_summary" / "all.parquet")
     assert set(zip(summary["site"], summary["epoch"], strict=True)) == {(site, epoch) for site in (SITE, OTHER_SITE) for epoch in (1, 2, 3)}
     assert (summary["norm"] > 0).all()
@@ -95,7 +95,7 @@ def test_a_backfill_of_one_layer_makes_its_partitions_and_no_others(page: Any, u
     from relseek_resources.storage import table_version
 
     page.goto("/assets/tiny/generations?view=partitions")
-    expect(page.get_by_text("Missing (12)")).to_be_visible(timeout=30_000)
+    expect(page.get_by_text("Missing (12)")).to_be_visible()
     button(page, "Materialize…").click()
     page.get_by_text("Select a partition or create one").first.click()  # of the site, which comes first
     page.get_by_role("menuitem").filter(has_text=SITE).click()
@@ -127,10 +127,10 @@ def test_a_backfill_of_one_layer_makes_its_partitions_and_no_others(page: Any, u
     assert len({event.asset_materialization.tags["dagster/data_version"] for event in made.values()}) == 6
 
     page.goto(f"/runs/b/{backfill['id']}")
-    expect(page.get_by_text("100% completed")).to_be_visible(timeout=30_000)
+    expect(page.get_by_text("100% completed")).to_be_visible()
     page.screenshot(path=screenshots / "backfill.png")
     page.goto("/assets/tiny/generations?view=partitions")
-    expect(page.get_by_text("Materialized (6)")).to_be_visible(timeout=30_000)
+    expect(page.get_by_text("Materialized (6)")).to_be_visible()
     expect(page.get_by_text("Missing (6)")).to_be_visible()
     choose_partition(page, SITE)
     choose_partition(page, STEPS[-1])
@@ -140,7 +140,7 @@ def test_a_backfill_of_one_layer_makes_its_partitions_and_no_others(page: Any, u
 
 def test_the_plot_is_in_the_assets_page(page: Any, ui: Ui, screenshots: Path) -> None:
     page.goto("/assets/tiny/training_run?view=partitions")
-    expect(page.get_by_text("Materialized (2)")).to_be_visible(timeout=30_000)
+    expect(page.get_by_text("Materialized (2)")).to_be_visible()
     choose_partition(page, SITE)
     page.get_by_text("[Show Markdown]").click()
     picture = page.get_by_role("dialog").get_by_role("img", name="figure")
@@ -152,7 +152,7 @@ def test_the_plot_is_in_the_assets_page(page: Any, ui: Ui, screenshots: Path) ->
 def test_a_group_shows_its_assets_with_description_kinds_and_owners(page: Any, ui: Ui, screenshots: Path) -> None:
     page.goto("/locations/__repository__@tiny/asset-groups/vectors")
     names = page.locator('[class*="AssetNode_assetName"]')
-    expect(names).to_have_count(5, timeout=30_000)
+    expect(names).to_have_count(5)
     page.get_by_text("training_run", exact=True).first.click()
     expect(page.get_by_text("BiPO training of one site").first).to_be_visible()
     expect(page.get_by_text("Backfills all partitions in a single run")).to_be_visible()
@@ -163,13 +163,27 @@ def test_a_group_shows_its_assets_with_description_kinds_and_owners(page: Any, u
         expect(page.get_by_text(text).first).to_be_visible()
 
 
+def test_checks_that_ran_on_the_command_line_show_in_the_page(page: Any, ui: Ui) -> None:
+    page.goto("/assets/tiny/preference_pairs?view=checks")
+    for name in ("grouped_split", "same_user_turns"):
+        row = page.get_by_role("link", name=name).first
+        expect(row).to_be_visible()
+    page.goto("/locations/__repository__@tiny/asset-groups/dataset")
+    expect(page.get_by_text("2 / 2 Passed")).to_be_visible()
+
+
 def test_the_lineage_shows_the_whole_study(page: Any, ui: Ui, screenshots: Path) -> None:
+    from relseek_assets import sources
+    from relseek_assets.definitions import catalogue
+    from relseek_assets.study import load_study
+
     page.goto("/asset-groups~code_location%3Atiny/")
     for group in GROUPS:
-        expect(page.get_by_text(group, exact=True).first).to_be_visible(timeout=30_000)
+        expect(page.get_by_text(group, exact=True).first).to_be_visible()
     whole_lineage(page)
     names = page.locator('[class*="AssetNode_assetName"]')
-    expect(names).to_have_count(31)  # 23 that are computed and 8 sources
+    study = load_study(str(ui.platform.study_file))
+    expect(names).to_have_count(len(catalogue(study)) + len(sources.keys(study)))
     assert {"preference_pairs", "training_run", "generations", "judge_scores", "dose_response", "report"} <= set(names.all_inner_texts())
     page.screenshot(path=screenshots / "lineage.png")
 
@@ -199,7 +213,7 @@ def test_an_edited_file_shows_what_it_made_stale(page: Any, ui: Ui, screenshots:
     """The sensor sees the edit; what reads the file is stale, what does not is not, and the pages say so."""
     readers, others = ("preference_pairs", "conversation_lengths"), ("training_run", "steering_vectors")
     page.goto("/locations/tiny/sensors/tiny_changed_sources")
-    expect(page.get_by_text("Next tick")).to_be_visible(timeout=30_000)
+    expect(page.get_by_text("Next tick")).to_be_visible()
     expect(page.locator('input[type="checkbox"]').first).to_be_checked()
     assert ui.ask(SENSOR)["sensorOrError"]["sensorState"]["status"] == "RUNNING"
     ui.wait_for("the sensor's first tick", lambda: ui.ask(SENSOR)["sensorOrError"]["sensorState"]["ticks"], TICK_SECONDS)
@@ -221,14 +235,14 @@ def test_an_edited_file_shows_what_it_made_stale(page: Any, ui: Ui, screenshots:
         **dict.fromkeys(others, ("FRESH", [])),
     }
     page.goto("/locations/__repository__@tiny/asset-groups/dataset")
-    expect(page.get_by_text(re.compile("Unsynced"))).to_have_count(2, timeout=30_000)
+    expect(page.get_by_text(re.compile("Unsynced"))).to_have_count(2)
     page.mouse.move(700, 20)
     page.wait_for_timeout(1000)
     page.screenshot(path=screenshots / "unsynced.png")
     page.goto("/assets/tiny/preference_pairs?view=overview")
-    expect(page.get_by_text("Unsynced").first).to_be_visible(timeout=30_000)
+    expect(page.get_by_text("Unsynced").first).to_be_visible()
     page.goto("/assets/tiny/vector_summary?view=overview")
-    expect(page.get_by_text("Norm and cosine of every vector of the study.")).to_be_visible(timeout=30_000)
+    expect(page.get_by_text("Norm and cosine of every vector of the study.")).to_be_visible()
     expect(page.get_by_text("Unsynced")).to_be_hidden()
 
 

@@ -116,7 +116,12 @@ def of_unknown_type(row: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"), [(without_reply, "antitarget is missing"), (with_empty_reply, "target must be a text that is not empty"), (of_unknown_type, "type '3Z' is none of 1A")]
+    ("spoil", "told"),
+    [
+        (without_reply, "antitarget is missing"),
+        (with_empty_reply, "target must be a text that is not empty"),
+        (of_unknown_type, "type '3Z' is none of 1A"),
+    ],
 )
 def test_a_conversation_that_is_no_pair_is_refused_and_the_mended_file_is_the_one_that_was_there(finished: Any, spoil: Any, told: str) -> None:
     file = finished.behaviour / "conversations.jsonl"
