@@ -189,30 +189,18 @@ def _of_kind(value: Any, kind: str) -> Any:
 
 
 def table_version(table: pa.Table) -> str:
-    """Hash of a table's values, independent of the file format that carries it."""
+    """Hash of a table's names, types and values, independent of the file format and of how rows lie in memory."""
     digest = hashlib.sha256()
-    with pa.ipc.new_stream(_HashSink(digest), table.schema.remove_metadata()) as writer:
-        writer.write_table(table.replace_schema_metadata(None).combine_chunks())
+    for part in table.schema:
+        column = table.column(part.name).combine_chunks()
+        digest.update(f"{part.name}:{part.type}:{len(column)}".encode())
+        digest.update(np.asarray(column.is_null().to_numpy(zero_copy_only=False)).tobytes())
+        if pa.types.is_string(part.type):
+            texts = [text.encode() for text in column.fill_null("").to_pylist()]
+            digest.update(np.array([len(text) for text in texts], dtype=np.int64).tobytes() + b"".join(texts))
+        else:
+            digest.update(column.fill_null(False if pa.types.is_boolean(part.type) else 0).to_numpy(zero_copy_only=False).tobytes())
     return digest.hexdigest()[:16]
-
-
-class _HashSink:
-    """A write-only file whose bytes go into a digest."""
-
-    closed = False
-
-    def __init__(self, digest: hashlib._Hash) -> None:
-        self._digest = digest
-
-    def write(self, data: bytes) -> int:
-        self._digest.update(data)
-        return len(data)
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def write_table(path: Path, frame: pd.DataFrame, schema: TableSchema) -> str:

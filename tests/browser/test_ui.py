@@ -163,11 +163,7 @@ def test_a_group_shows_its_assets_with_description_kinds_and_owners(page: Any, u
         expect(page.get_by_text(text).first).to_be_visible()
 
 
-def test_checks_that_ran_on_the_command_line_show_in_the_page(page: Any, ui: Ui) -> None:
-    page.goto("/assets/tiny/preference_pairs?view=checks")
-    for name in ("grouped_split", "same_user_turns"):
-        row = page.get_by_role("link", name=name).first
-        expect(row).to_be_visible()
+def test_checks_of_a_run_from_the_command_line_show_in_the_lineage(page: Any, ui: Ui) -> None:
     page.goto("/locations/__repository__@tiny/asset-groups/dataset")
     expect(page.get_by_text("2 / 2 Passed")).to_be_visible()
 
