@@ -145,7 +145,8 @@ class Work:
         seconds = time.monotonic() - self._clock
         self._clock = time.monotonic()
         shown = {"path": dg.MetadataValue.path(str(path)), "seconds": round(seconds, 3), "bytes": path.stat().st_size, **metadata}
-        return self.lineage.materialisation(self.context.asset_key, partition, version, self._inputs[partition], shown)
+        plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in shown.items()}  # Dagster wants plain numbers
+        return self.lineage.materialisation(self.context.asset_key, partition, version, self._inputs[partition], plain)
 
     def progress(self, total: int, unit: str, what: str = "") -> "Progress":
         """A bar in the terminal and a line in the run's log every few seconds."""

@@ -21,6 +21,6 @@ def build(stage: Stage) -> list[dg.AssetChecksDefinition]:
     def pair_accuracy(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
         frame = read_table(context.resources.store.path(quality, None, TABLE), JUDGE_QUALITY)
         row = frame[frame["metric"] == "pair_accuracy"].iloc[0]
-        return dg.AssetCheckResult(passed=bool(row["value"] >= FEWEST_RIGHT), metadata={"pair_accuracy": row["value"], "n": int(row["n"])})
+        return dg.AssetCheckResult(passed=bool(row["value"] >= FEWEST_RIGHT), metadata={"pair_accuracy": float(row["value"]), "n": int(row["n"])})
 
     return [pair_accuracy]
