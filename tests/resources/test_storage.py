@@ -319,9 +319,16 @@ def test_a_nan_among_numpy_scalars_is_no_number_either(tmp_path):
         write_table(tmp_path / "r.parquet", frame, strict)
 
 
-def test_missing_and_unknown_columns_are_named(tmp_path):
-    frame = ratings().drop(columns="valid").assign(colour="red")
-    with pytest.raises(StorageError, match=r"r\.parquet: table ratings lacks the columns \['valid'\] and has unknown columns \['colour'\]"):
+@pytest.mark.parametrize(
+    ("frame", "reason"),
+    [
+        (ratings().drop(columns="valid"), r"lacks the columns \['valid'\]"),
+        (ratings().assign(colour="red"), r"has unknown columns \['colour'\]"),
+        (ratings().rename(columns={"valid": "colour"}), r"lacks the columns \['valid'\] and has unknown columns \['colour'\]"),
+    ],
+)
+def test_missing_and_unknown_columns_are_named(tmp_path, frame, reason):
+    with pytest.raises(StorageError, match=rf"r\.parquet: table ratings.*{reason}"):
         write_table(tmp_path / "r.parquet", frame, RATINGS)
 
 
