@@ -34,7 +34,7 @@ $(call beside,RELSEEK_RELEASE_AXES,release_axes)
 $(call beside,RELSEEK_BENCHMARK_DATA,benchmark_data)
 
 test: $(INSTALLED_DEV) chromium lint  ## lint, types and the whole suite
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED_DEV)  ## ruff and mypy
 	@$(BIN)/ruff check .
