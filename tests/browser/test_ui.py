@@ -193,14 +193,17 @@ def whole_lineage(page: Any) -> None:
     page.get_by_text("Change graph to vertical orientation").click()
     page.keyboard.press("Escape")
     page.mouse.move(700, 500)
-    for _ in range(3):  # nodes outside the window are not in the page, so their place is known only once they are near
+    for _ in range(10):  # nodes outside the window are not in the page, so their place is known only once they are near
         page.wait_for_timeout(700)
         left, top, right, bottom = page.locator('[class*="AssetNode_assetName"]').evaluate_all(
             """nodes => { const boxes = nodes.map(node => node.getBoundingClientRect());
             return [Math.min(...boxes.map(b => b.left)), Math.min(...boxes.map(b => b.top)),
                     Math.max(...boxes.map(b => b.right)), Math.max(...boxes.map(b => b.bottom))]; }"""
         )
-        page.mouse.wheel((left + right) / 2 - 720, (top + bottom) / 2 - 500)
+        across, down = (left + right) / 2 - 720, (top + bottom) / 2 - 500
+        if abs(across) < 8 and abs(down) < 8:
+            break
+        page.mouse.wheel(across, down)
     page.mouse.move(700, 20)
     page.wait_for_timeout(3000)
 
