@@ -82,6 +82,10 @@ def studies() -> None:
     """List the studies that ship with relseek, and the size of their grids."""
     for name in study_names():
         study = load_study(name)
+        if study.trial is not None:
+            size = f"{len(study.trial.keys)} outcomes of {len(study.trial.study.values)} studies, {len(study.trial.tables)} files"
+            click.echo(f"{name:24} {study.kind:6} {size}\n{'':24} {study.title}\n{'':24} {study.path}")
+            continue
         epochs = sum(len(model.layers) * len(model.epochs_evaluated) for model in study.models)
         click.echo(
             f"{name:24} {study.kind:6} {study.behaviour:22} {len(study.sites)} sites x {len(study.doses.generated)} doses, {epochs} vectors evaluated"
@@ -116,10 +120,14 @@ def run(study: str, select: tuple[str, ...], dry_run: bool) -> None:
     _say_report(workspace)
 
 
+def _reports(workspace: Workspace) -> list[str]:
+    return [name for name in ("report", "trial_report") if name in workspace.catalogue]
+
+
 def _say_report(workspace: Workspace) -> None:
-    path = workspace.path("report", None)
-    if path.is_file():
-        click.echo(f"report: {path}\nthe same in the Dagster UI: relseek ui")
+    for path in (workspace.path(name, None) for name in _reports(workspace)):
+        if path.is_file():
+            click.echo(f"report: {path}\nthe same in the Dagster UI: relseek ui")
 
 
 def _print_plan(tasks: list[Task]) -> None:
@@ -198,17 +206,20 @@ def report(study: str, output: Path | None) -> None:
     """Bring STUDY's report up to date and say where it is: one self-contained HTML page."""
     workspace = _workspace(study)
     workspace.observe()
-    tasks = workspace.plan(["report"])
+    names = _reports(workspace)
+    tasks = workspace.plan(names)
     if tasks:
         _print_plan(tasks)
-        workspace.run(["report"], click.echo)
-    path = workspace.path("report", None)
-    if output is not None:
-        from relseek_resources.storage import write_text
+        workspace.run(names, click.echo)
+    for name in names:
+        path = workspace.path(name, None)
+        if output is not None:
+            from relseek_resources.storage import write_text
 
-        write_text(output, path.read_text(encoding="utf-8"))
-        path = output
-    click.echo(f"report: {path}")
+            text = path.read_text(encoding="utf-8")
+            path = output if len(names) == 1 else output.with_name(f"{output.stem}_{name}{output.suffix}")
+            write_text(path, text)
+        click.echo(f"report: {path}")
 
 
 @main.command()

@@ -20,17 +20,19 @@ from relseek_assets.selection import checks as selection_checks
 from relseek_assets.stage import Stage, StageAsset, Store
 from relseek_assets.study import Study, load_study, study_names
 from relseek_assets.sweeps import assets as sweeps
+from relseek_assets.trials import assets as trials
+from relseek_assets.trials import checks as trials_checks
 from relseek_assets.vectors import assets as vectors
 from relseek_resources.compute import ModelLoader
 
-STAGES = (dataset, vectors, sweeps, judging, selection, reports)
-CHECKS = (dataset_checks, judging_checks, selection_checks)
+STEERED = (dataset, vectors, sweeps, judging, selection)
+STEERED_CHECKS = (dataset_checks, judging_checks, selection_checks)
 
 
 def build_stage(study: Study) -> Stage:
     """The assets of a study, without Dagster's code location around them."""
     stage = Stage(study)
-    for module in STAGES:
+    for module in (*(STEERED if study.steered else ()), *((trials,) if study.trial is not None else ()), reports):
         module.build(stage)
     return stage
 
@@ -38,9 +40,10 @@ def build_stage(study: Study) -> Stage:
 def build_definitions(study: Study, **overrides: Any) -> dg.Definitions:
     """One code location from one study; `overrides` replace the resources `store` and `models`."""
     stage = build_stage(study)
+    checks = (*(STEERED_CHECKS if study.steered else ()), *((trials_checks,) if study.trial is not None else ()))
     return dg.Definitions(
         assets=[*(asset.definition for asset in stage.catalogue.values()), *sources.assets(study)],
-        asset_checks=[check for module in CHECKS for check in module.build(stage)],
+        asset_checks=[check for module in checks for check in module.build(stage)],
         sensors=[sources.changed_files(study)],
         resources={"store": Store(), "models": ModelLoader(), **overrides},
         executor=dg.in_process_executor,

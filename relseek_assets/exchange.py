@@ -26,6 +26,7 @@ from relseek_assets.dataset.pairs import PREFERENCE_PAIRS, evaluation_items
 from relseek_assets.judging.tables import JUDGE_SCORES
 from relseek_assets.partitions import multi_key, step_key
 from relseek_assets.planning import Workspace
+from relseek_assets.stage import StageAsset
 from relseek_assets.study import study_file
 from relseek_assets.sweeps.tables import GENERATIONS
 from relseek_assets.vectors.tables import provenance
@@ -67,9 +68,23 @@ def read_asset(workspace: Workspace, name: str, wanted: Sequence[str] = ()) -> p
         raise ExchangeError(
             f"{asset.name}: {missing} of the partitions named have not been computed; `relseek run {workspace.study.name} --select {asset.name}`"
         )
+    if asset.view is None:
+        return pd.concat([_rows(asset, path, key) for key, path in zip(wanted or known, paths, strict=True) if path.is_file()], ignore_index=True)
+    every = {key: workspace.path(asset.name, key) for key in known}
+    frames = {key: _rows(asset, path, key) for key, path in every.items() if path.is_file()}
+    shown = asset.view(pd.concat(list(frames.values()), ignore_index=True))
+    if not wanted:
+        return shown
+    places = np.cumsum([0, *(len(frame) for frame in frames.values())])
+    chosen = [shown.iloc[places[number] : places[number + 1]] for number, key in enumerate(frames) if key in wanted]
+    return pd.concat(chosen, ignore_index=True)
+
+
+def _rows(asset: StageAsset, path: Path, partition: str | None) -> pd.DataFrame:
+    schema = asset.schema_of(partition)
     # whole numbers stay so beside empty cells: as floats, seeds would lose their last digits
-    whole = {column.name: "Int64" for column in asset.schema.columns if column.kind == "integer" and column.nullable}
-    return pd.concat([storage.read_table(path, asset.schema).astype(whole) for path in there], ignore_index=True)
+    whole = {column.name: "Int64" for column in schema.columns if column.kind == "integer" and column.nullable}
+    return storage.read_table(path, schema).astype(whole)
 
 
 def export(frame: pd.DataFrame, form: str) -> Any:
@@ -229,8 +244,7 @@ def _import_cells(workspace: Workspace, name: str, frame: pd.DataFrame, file: Pa
     """Check every cell first and write afterwards, so that a bad file changes nothing."""
     if frame.empty:
         raise ExchangeError(f"{file}: no rows")
-    schema = workspace.catalogue[name].schema
-    assert schema is not None
+    schema = workspace.catalogue[name].schema_of(None)
     parts = {
         _partition(workspace, name, str(site), int(epoch), float(multiplier), str(file)): part
         for (site, epoch, multiplier), part in frame.groupby(list(CELL))

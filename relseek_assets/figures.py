@@ -44,14 +44,24 @@ def png(figure: Figure) -> str:
     """The figure as base64 PNG, at the resolution of the UI's side panel."""
     stream = io.BytesIO()
     with mpl.rc_context(STYLE):
+        _lay_out(figure)
         figure.savefig(stream, format="png", dpi=110, metadata={"Software": None})
     return base64.b64encode(stream.getvalue()).decode()
+
+
+def _lay_out(figure: Figure) -> None:
+    """Place the axes once; saving would do it twice."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        figure.set_layout_engine("none")
 
 
 def svg(figure: Figure) -> str:
     """The figure as an SVG element to set into a page."""
     stream = io.StringIO()
     with mpl.rc_context(STYLE):
+        _lay_out(figure)
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     return stream.getvalue()[stream.getvalue().index("<svg") :]
 

@@ -69,6 +69,7 @@ class Lineage:
     def __init__(self, instance: dg.DagsterInstance, graph: Any) -> None:
         self.instance = instance
         self.graph = graph
+        self._records: dict[tuple[dg.AssetKey, str | None], Any] = {}
 
     @cached_property
     def _resolver(self) -> CachingStaleStatusResolver:
@@ -87,7 +88,11 @@ class Lineage:
         return found
 
     def record(self, key: dg.AssetKey, partition: str | None) -> Any:
-        return self.instance.get_latest_data_version_record(key, self.graph.get(key).is_external, partition)
+        """The latest event of a partition, asked for once."""
+        asked = (key, None if partition is None else str(partition))
+        if asked not in self._records:
+            self._records[asked] = self.instance.get_latest_data_version_record(key, self.graph.get(key).is_external, partition)
+        return self._records[asked]
 
     def version(self, key: dg.AssetKey, partition: str | None) -> str | None:
         """The data version of a partition, or None where it was never materialised or observed."""
@@ -161,10 +166,10 @@ class Lineage:
         return dg.AssetMaterialization(key, partition=partition, metadata=dict(metadata), tags=tags)
 
 
-def observation(key: dg.AssetKey, version: str, metadata: Mapping[str, Any]) -> dg.AssetObservation:
+def observation(key: dg.AssetKey, version: str, metadata: Mapping[str, Any], partition: str | None = None) -> dg.AssetObservation:
     """The event that gives an external file its data version; only observations make its readers stale."""
     tags = {DATA_VERSION_TAG: version, DATA_VERSION_IS_USER_PROVIDED_TAG: "true"}
-    return dg.AssetObservation(key, metadata=dict(metadata), tags=tags)
+    return dg.AssetObservation(key, partition=partition, metadata=dict(metadata), tags=tags)
 
 
 def fan_ins_beyond(graph: Any, instance: dg.DagsterInstance, limit: int) -> Iterable[tuple[str, str | None, int]]:

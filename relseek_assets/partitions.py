@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import dagster as dg
 
 from relseek_assets.study import Study
+from relseek_assets.trial import Trial
 
 # Multi-dimensional mappings and backfill policies are marked beta in 1.13; tests pin what we rely on.
 warnings.filterwarnings("ignore", category=dg.BetaWarning)
@@ -79,6 +80,14 @@ class Partitions:
         self._evaluated = [step_key(epoch) for epoch in evaluated]
         self._study = study
 
+        if study.trial is not None:
+            self._of_trial(study.trial)
+
+    def _of_trial(self, trial: Trial) -> None:
+        self.table = dg.StaticPartitionsDefinition(list(trial.tables))
+        self.outcome = dg.StaticPartitionsDefinition(list(trial.keys))
+        self.family = dg.StaticPartitionsDefinition(list(trial.families) or ["none"])
+
     def _multi(self, steps: list[str]) -> dg.MultiPartitionsDefinition:
         return dg.MultiPartitionsDefinition({"site": self.site, "step": dg.StaticPartitionsDefinition(steps)})
 
@@ -99,6 +108,26 @@ class Partitions:
     def of_my_evaluated_epoch(self) -> dg.PartitionMapping:
         """At an evaluated epoch: the same epoch among those trained."""
         return self._steps(dg.StaticPartitionMapping({step: step for step in self._evaluated}))
+
+    def of_my_tables(self, *always: str) -> dg.PartitionMapping:
+        """At an outcome: the raw tables that it reads, and those that every outcome does."""
+        trial = self._trial
+        read = {name: {key for key in trial.keys if name in trial.tables_of(key)} for name in trial.tables}
+        return dg.StaticPartitionMapping({name: set(trial.keys) if name in always else keys for name, keys in read.items() if keys or name in always})
+
+    def of_my_family(self) -> dg.PartitionMapping:
+        """At a family: the outcomes that belong to it, in every study."""
+        trial = self._trial
+        return dg.StaticPartitionMapping({key: trial.of_key(key)[1].family for key in trial.keys if trial.of_key(key)[1].family})
+
+    def of_tables(self, *names: str) -> dg.PartitionMapping:
+        """In an asset without partitions: these raw tables."""
+        return dg.SpecificPartitionsPartitionMapping(list(names))
+
+    @property
+    def _trial(self) -> Trial:
+        assert self._study.trial is not None, f"{self._study.name} declares no trial"
+        return self._study.trial
 
     def _steps(self, mapping: dg.PartitionMapping) -> dg.PartitionMapping:
         return dg.MultiPartitionMapping(

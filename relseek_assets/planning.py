@@ -27,7 +27,7 @@ from relseek_assets.stage import StageAsset, Store, multi, partition_order
 from relseek_assets.study import Study
 
 Node = tuple[str, str | None]
-EXPLAINED = ("StorageError", "BehaviourError", "ModelError")  # errors that say what to do; what they were raised from does not
+EXPLAINED = ("StorageError", "BehaviourError", "ModelError", "TrialFault")  # errors that say what to do; what they were raised from does not
 PROCESS_TAG = "relseek/process"  # host:pid of the `relseek run` that a run lives in
 
 
@@ -225,9 +225,9 @@ class Workspace:
         for partition in wanted:
             site, _, step = str(partition).partition("|")
             steps.setdefault(site, []).append(step)
-        definition = self.graph.get(self.stage.key(name)).partitions_def
-        all_sites = list(self.study.sites)
-        all_steps: list[str] = sorted({str(key).partition("|")[2] for key in definition.get_partition_keys()}, key=step_order)
+        keys = [str(key) for key in self.graph.get(self.stage.key(name)).partitions_def.get_partition_keys()]
+        all_sites = list(dict.fromkeys(key.partition("|")[0] for key in keys))
+        all_steps: list[str] = sorted({key.partition("|")[2] for key in keys}, key=step_order)
         for sites in _neighbours(list(steps), all_sites, lambda one, two: steps[one] == steps[two]):
             for part in _neighbours(sorted(steps[sites[0]], key=step_order), all_steps):
                 yield [multi(f"{site}|{step}" if step else site) for site in sites for step in part]
@@ -275,7 +275,7 @@ class Workspace:
             else:
                 alive += 1
         if dead and not alive:
-            for leftover in self.path("report", None).parent.parent.rglob(".*.tmp"):
+            for leftover in self.path(next(iter(self.catalogue)), None).parent.parent.rglob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
         return dead
 

@@ -29,6 +29,7 @@ from relseek_resources.compute import ModelLoader
 from relseek_resources.storage import StorageError, TableSchema, content_version
 
 TABLE, VECTORS, PAGE = "parquet", "safetensors", "html"
+STATUS = "status"  # metadata of a partition that holds nothing, and why
 NOTHING: Any = dg.Nothing  # our results pass through files and not through Dagster
 
 
@@ -59,16 +60,23 @@ class Store(dg.ConfigurableResource):
 
 @dataclass(frozen=True)
 class StageAsset:
-    """An asset of a study: its Dagster definition and the shape of its files. `schema` is None unless they are tables.
+    """An asset of a study: its Dagster definition and the shape of its files.
 
-    `seconds` is the stated estimate for one partition, used until a run has measured it.
+    `schema` is None unless they are tables, and a mapping where every partition is a table of its own shape. `view` turns the rows of all
+    partitions into what readers are shown, where a column depends on partitions beside. `seconds` is the stated estimate for one
+    partition, used until a run has measured it.
     """
 
     name: str
     definition: dg.AssetsDefinition
     form: str
-    schema: TableSchema | None = None
+    schema: TableSchema | Mapping[str, TableSchema] | None = None
     seconds: float = 0.1
+    view: Callable[[pd.DataFrame], pd.DataFrame] | None = None
+
+    def schema_of(self, partition: str | None) -> TableSchema:
+        assert self.schema is not None, f"{self.name} is no table"
+        return self.schema if isinstance(self.schema, TableSchema) else self.schema[str(partition)]
 
 
 @dataclass
@@ -95,9 +103,14 @@ class Work:
 
     def read_table(self, asset: str, partition: str | None = None) -> pd.DataFrame:
         """One partition of an upstream table."""
-        schema = self.catalogue[asset].schema
-        assert schema is not None, f"{asset} is no table"
-        return storage.read_table(self.store.path(self.key(asset), partition, TABLE), schema)
+        return storage.read_table(self.store.path(self.key(asset), partition, TABLE), self.catalogue[asset].schema_of(partition))
+
+    def status(self, asset: str, partition: str | None = None) -> str:
+        """What an upstream partition says of itself where it could not be computed: `absent: FILE`, or a fault; empty where all is well."""
+        record = self.lineage.record(self.key(asset), partition)
+        event = None if record is None else record.event_log_entry.asset_materialization
+        found = event.metadata.get(STATUS) if event else None
+        return "" if found is None else str(found.value)
 
     def read_tensors(self, asset: str, partition: str | None = None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         return storage.read_tensors(self.store.path(self.key(asset), partition, VECTORS))
@@ -115,13 +128,30 @@ class Work:
         """Note the input versions of every partition before anything is read."""
         self._inputs = {partition: self.lineage.input_tags(self.context.asset_key, partition) for partition in self.partitions}
 
-    def table(self, partition: str | None, frame: pd.DataFrame, metadata: Mapping[str, Any] | None = None) -> dg.AssetMaterialization:
-        """Write one partition's table and say so."""
-        assert self.me.schema is not None, f"{self.me.name} is no table"
+    def table(
+        self, partition: str | None, frame: pd.DataFrame, metadata: Mapping[str, Any] | None = None, status: str = ""
+    ) -> dg.AssetMaterialization:
+        """Write one partition's table and say so.
+
+        Args:
+            status: why there is nothing, where nothing could be computed; it is part of the data version.
+        """
+        schema = self.me.schema_of(partition)
         path = self.store.path(self.context.asset_key, partition, TABLE)
-        version = storage.write_table(path, frame[list(self.me.schema.names)], self.me.schema)
+        version = storage.write_table(path, frame[list(schema.names)], schema)
         shown: dict[str, Any] = {"dagster/row_count": len(frame), "preview": preview(frame)}
+        if status:
+            version = content_version([version, status])
+            shown[STATUS] = status
+            self.log.warning(f"{self.me.name} {partition or ''}: {status}")
+        if not isinstance(self.me.schema, TableSchema):
+            shown |= _column_metadata(schema)
         return self._recorded(partition, path, version, {**shown, **(metadata or {})})
+
+    def nothing(self, partition: str | None, status: str) -> dg.AssetMaterialization:
+        """Write an empty table that says why it is empty."""
+        names = self.me.schema_of(partition).names
+        return self.table(partition, pd.DataFrame({name: pd.Series(dtype=object) for name in names}), status=status)
 
     def tensors(
         self,
@@ -227,7 +257,8 @@ class Stage:
         deps: Mapping[str, dg.PartitionMapping | None],
         partitions: dg.PartitionsDefinition | None = None,
         settings: Any = None,
-        schema: TableSchema | None = None,
+        schema: TableSchema | Mapping[str, TableSchema] | None = None,
+        view: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
         form: str = TABLE,
         kinds: Sequence[str] = (),
         pool: str | None = None,
@@ -240,6 +271,8 @@ class Stage:
             deps: upstream asset -> how my partitions map onto its own.
             settings: the settings that the body reads; changing them makes the asset stale, as a new `version` does.
             form: what its files are: tables, vectors or a page.
+            schema: of its tables, or one for each partition.
+            view: from the rows of all partitions to what readers are shown.
             seconds: a stated estimate for one partition of the quickstart on two cores.
         """
 
@@ -259,7 +292,7 @@ class Stage:
                 pool=pool,
                 dagster_type=NOTHING,
                 required_resource_keys={"store", "models"},
-                metadata=_column_metadata(schema),
+                metadata=_column_metadata(schema) if isinstance(schema, TableSchema) else {},
             )
             def definition(context: dg.AssetExecutionContext) -> Iterator[Any]:
                 lineage = Lineage(context.instance, self.graph)
@@ -274,7 +307,7 @@ class Stage:
                     yield from body(work)
                 yield dg.Output(None, metadata=ALREADY_RECORDED)
 
-            found = StageAsset(name, definition, form, schema, seconds)
+            found = StageAsset(name, definition, form, schema, seconds, view)
             self.catalogue[name] = found
             return found
 
@@ -289,9 +322,7 @@ def multi(key: str | None) -> str | None:
     return MultiPartitionKey({"site": site, "step": step})
 
 
-def _column_metadata(schema: TableSchema | None) -> dict[str, Any]:
-    if schema is None:
-        return {}
+def _column_metadata(schema: TableSchema) -> dict[str, Any]:
     columns = [
         dg.TableColumn(
             column.name,

@@ -13,12 +13,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from relseek_assets.trial import Trial
 from relseek_resources.models.loading import DTYPES, ModelError, describe
 
 STUDIES = Path(__file__).parent / "studies"
 BEHAVIOURS = Path(__file__).parent / "behaviours"
 KEY = re.compile(r"[A-Za-z0-9_-]+")
 MOST_PARTITIONS_OF_A_FAN_IN = 99  # beyond it Dagster reports a fan-in as fresh without looking
+STEERED = ("behaviours", "models", "pairs", "training", "doses", "prompts", "sampling", "judge")  # what only a study with vectors has
 
 
 class StudyError(ValueError):
@@ -85,7 +87,7 @@ class Training(_Settings):
 class Doses(_Settings):
     """Multipliers λ generated; those compared in pairs and those used in selection default to all generated."""
 
-    generated: tuple[float, ...] = Field(min_length=2)
+    generated: tuple[float, ...] = ()
     paired: tuple[float, ...] = ()
     selection: tuple[float, ...] = ()
 
@@ -130,22 +132,42 @@ class Judge(_Settings):
 
 
 class Study(_Settings):
-    """One study. `path` is the file it came from."""
+    """One study. `path` is the file it came from.
+
+    A study that trains vectors (`bipo`) has a behaviour, models and doses; a `trial` has none of them and reads analysis tables.
+    """
 
     name: str
     title: str = ""
-    kind: Literal["bipo"]
-    behaviours: tuple[str, ...] = Field(min_length=1, max_length=1)
+    kind: Literal["bipo", "trial"]
+    behaviours: tuple[str, ...] = Field(default=(), max_length=1)
     seed: int = 0
     dose_limit: float = Field(default=20.0, gt=0)
-    models: tuple[Model, ...] = Field(min_length=1)
+    models: tuple[Model, ...] = ()
     pairs: Pairs = Pairs()
     training: Training = Training()
-    doses: Doses
+    doses: Doses = Field(default_factory=Doses)
     prompts: Prompts = Prompts()
     sampling: SamplingSettings = SamplingSettings()
     judge: Judge = Judge()
+    trial: Trial | None = None
     path: Path = Field(default=Path(), exclude=True)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Study:
+        if self.kind == "trial":
+            if self.trial is None:
+                raise ValueError("trial: missing; a study of the kind 'trial' declares its files, arms and outcomes there")
+            given = [name for name in STEERED if name in self.model_fields_set]
+            if given:
+                raise ValueError(f"{given[0]}: a study of the kind 'trial' trains nothing; remove it, or make the kind 'bipo'")
+            return self
+        for name in ("behaviours", "models"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: missing; add it")
+        if len(self.doses.generated) < 2:
+            raise ValueError("doses.generated: a study needs at least two doses; add them")
+        return self
 
     @model_validator(mode="after")
     def _checked(self) -> Study:
@@ -164,6 +186,11 @@ class Study(_Settings):
         if len(self.doses.generated) > MOST_PARTITIONS_OF_A_FAN_IN:
             raise ValueError(f"doses.generated: {len(self.doses.generated)} doses; a study may have {MOST_PARTITIONS_OF_A_FAN_IN}")
         return self
+
+    @property
+    def steered(self) -> bool:
+        """Whether the study trains, steers and judges, and is not a trial alone."""
+        return bool(self.models)
 
     @property
     def behaviour(self) -> str:

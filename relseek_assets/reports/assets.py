@@ -8,15 +8,23 @@ import dagster as dg
 import pandas as pd
 
 from relseek_assets.behaviour import FILES, read_toml
-from relseek_assets.reports import page
+from relseek_assets.reports import page, trial_page
 from relseek_assets.stage import PAGE, Stage, Work
 
 GROUP = "reports"
 PARTITIONED = ("dose_response", "training_metrics", "sweep_summary")
+TRIAL_TABLES = ("trial_contrasts", "trial_forms", "trial_equivalence", "trial_fdr", "dose_response_curves", "trajectories", "trial_robustness")
 WHOLE = ("vector_summary", "selection", "selection_sensitivity", "judge_quality", "judge_calibration", "conversation_lengths")
 
 
 def build(stage: Stage) -> None:
+    if stage.study.steered:
+        _report(stage)
+    if stage.study.trial is not None:
+        _trial_report(stage)
+
+
+def _report(stage: Stage) -> None:
     study = stage.study
 
     @stage.asset(
@@ -52,3 +60,35 @@ def build(stage: Stage) -> None:
             versions=versions,
         )
         yield work.page(None, page.render(facts))
+
+
+def _trial_report(stage: Stage) -> None:
+    study, trial = stage.study, stage.study.trial
+    assert trial is not None
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="One self-contained HTML page of the trial: main effects by family, curves, robustness, equivalence, and what has no estimate.",
+        deps=dict.fromkeys(TRIAL_TABLES, dg.AllPartitionMapping()),
+        settings=[study.title],
+        form=PAGE,
+        seconds=5.0,
+    )
+    def trial_report(work: Work) -> Iterator[dg.AssetMaterialization]:
+        tables: dict[str, pd.DataFrame] = {}
+        versions: dict[str, list[tuple[str, str]]] = {}
+        for name in TRIAL_TABLES:
+            keys = work.upstream(name, None)
+            tables[name] = pd.concat([work.read_table(name, key) for key in keys], ignore_index=True)
+            versions[name] = [(str(key), work.version(name, key) or "") for key in keys]
+        tables["trial_contrasts"] = trial_page.with_families(tables["trial_contrasts"], tables["trial_fdr"])
+        statuses = {str(key): status for key in work.upstream("trial_contrasts", None) if (status := work.status("trial_contrasts", key))}
+        facts = trial_page.TrialFacts(
+            study={"name": study.name, "title": study.title, "seed": study.seed, "fingerprint": trial.fingerprint},
+            trial=trial,
+            tables=tables,
+            shown=trial_page.figures_of(trial, tables, versions),
+            statuses=statuses,
+        )
+        yield work.page(None, trial_page.render(facts))

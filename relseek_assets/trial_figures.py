@@ -1,0 +1,144 @@
+"""Figures of a trial: one idea each, uncertainty shown, drawn from tables that exist.
+
+Here belong drawings; no number is computed here. Colours and sizes come from `relseek_assets/figures.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from relseek_assets.figures import COLOURS, MARKERS, STYLE, blank
+from relseek_assets.trial import Trial
+
+Draw = Callable[[Axes, pd.DataFrame, Trial], None]
+
+
+def _name(outcome: str) -> str:
+    return outcome.replace("_", " ")
+
+
+def _unit(trial: Trial, table: pd.DataFrame) -> str:
+    outcome = trial.outcome(str(table["outcome"].iloc[0]))
+    if outcome.model == "logit":
+        return f"share of {_name(outcome.name)}"
+    return f"{_name(outcome.name)} ({outcome.unit or 'units'})"
+
+
+def panels(table: pd.DataFrame, draw: Draw, trial: Trial, width: float = 3.4, height: float = 2.7) -> Figure:
+    """Small multiples, one panel an outcome, three in a row."""
+    outcomes = list(dict.fromkeys(table["outcome"]))
+    rows = math.ceil(len(outcomes) / 3)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width * min(3, len(outcomes)), height * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        for place, outcome in enumerate(outcomes):
+            axes = figure.add_subplot(rows, min(3, len(outcomes)), place + 1)
+            draw(axes, table[table["outcome"] == outcome], trial)
+            if place and (legend := axes.get_legend()) is not None:
+                legend.remove()
+            axes.title.set_fontsize(9)
+            axes.xaxis.label.set_fontsize(8)
+            axes.yaxis.label.set_fontsize(7)
+            axes.tick_params(labelsize=7)
+    return figure
+
+
+def dose_responses(table: pd.DataFrame, trial: Trial) -> Figure:
+    """Every outcome's dose-response."""
+    return panels(table, _dose_response, trial)
+
+
+def trajectory_panels(table: pd.DataFrame, trial: Trial) -> Figure:
+    """Every outcome's trajectories."""
+    return panels(table, _trajectories, trial)
+
+
+def multiverses(table: pd.DataFrame, trial: Trial) -> Figure:
+    """Every outcome's specifications."""
+    return panels(table, _multiverse, trial, 4.2, 3.2)
+
+
+def dose_response(table: pd.DataFrame, trial: Trial) -> Figure:
+    """Marginal means along the dose with their band, and raw means of participants with theirs."""
+    figure, (axes,) = blank()
+    _dose_response(axes, table, trial)
+    return figure
+
+
+def _dose_response(axes: Axes, table: pd.DataFrame, trial: Trial) -> None:
+    model, raw = table[table["kind"] == "model"], table[table["kind"] == "raw"]
+    axes.plot(model["dose"], model["estimate"], color=COLOURS[0], label="additive model")
+    axes.fill_between(model["dose"], model["lower"], model["upper"], color=COLOURS[0], alpha=0.18, linewidth=0)
+    error = [raw["estimate"] - raw["lower"], raw["upper"] - raw["estimate"]]
+    axes.errorbar(raw["dose"], raw["estimate"], yerr=error, color=COLOURS[1], marker="o", linestyle="none", capsize=2, label="raw means")
+    study = str(table["study"].iloc[0]).replace("_", " ")
+    axes.set(xlabel=f"{trial.dose.long_label} {trial.dose.symbol}", ylabel=_unit(trial, table), title=f"{_name(table['outcome'].iloc[0])}, {study}")
+    axes.legend(fontsize=8)
+    axes.text(0.99, 0.02, "95% intervals", transform=axes.transAxes, ha="right", fontsize=7, alpha=0.7)
+
+
+def trajectories(table: pd.DataFrame, trial: Trial) -> Figure:
+    """Means over time, one colour an arm: points are raw, lines the model."""
+    figure, (axes,) = blank()
+    _trajectories(axes, table, trial)
+    return figure
+
+
+def _trajectories(axes: Axes, table: pd.DataFrame, trial: Trial) -> None:
+    doses = sorted(table["dose"].unique())
+    palette = mpl.colormaps["cividis"](np.linspace(0.0, 0.9, len(doses)))
+    spread = 0.06 * (table["time"].max() - table["time"].min()) / max(1, len(doses) - 1)
+    for place, dose in enumerate(doses):
+        model = table[(table["dose"] == dose) & (table["kind"] == "model")].sort_values("time")
+        raw = table[(table["dose"] == dose) & (table["kind"] == "raw")].sort_values("time")
+        axes.plot(model["time"], model["estimate"], color=palette[place], label=f"{trial.dose.symbol} = {dose:g}")
+        times = raw["time"] + (place - (len(doses) - 1) / 2) * spread
+        error = [raw["estimate"] - raw["lower"], raw["upper"] - raw["estimate"]]
+        axes.errorbar(times, raw["estimate"], yerr=error, color=palette[place], marker=MARKERS[place % len(MARKERS)], markersize=4, linestyle="none")
+    axes.set(xlabel="time", ylabel=_unit(trial, table), title=f"{_name(table['outcome'].iloc[0])} over time")
+    axes.legend(fontsize=7)
+    axes.text(0.99, 0.02, "lines: full model; points: raw means, 95%", transform=axes.transAxes, ha="right", fontsize=7, alpha=0.7)
+
+
+def forest(table: pd.DataFrame, trial: Trial) -> Figure:
+    """Main effects of a family, one row an outcome and study, divided by the width of its interval's scale where units differ."""
+    main = table[table["test_type"].str.startswith("main_effect")]
+    types = list(dict.fromkeys(main["test_type"]))
+    labels = list(dict.fromkeys(zip(main["outcome"], main["study"], strict=True)))
+    figure, panels = blank(len(types), 3.6, 1.1 + 0.34 * len(labels))
+    for axes, test_type in zip(panels, types, strict=True):
+        part = main[main["test_type"] == test_type]
+        places = np.array([labels.index(label) for label in zip(part["outcome"], part["study"], strict=True)])
+        sure = (part["p_global"] < 0.05).to_numpy()
+        for chosen, colour, face in ((sure, COLOURS[0], COLOURS[0]), (~sure, "#777777", "white")):
+            rows = part[chosen]
+            error = [rows["estimate"] - rows["lower"], rows["upper"] - rows["estimate"]]
+            axes.errorbar(rows["estimate"], places[chosen], xerr=error, color=colour, marker="o", markerfacecolor=face, capsize=2, linestyle="none")
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_yticks(
+            range(len(labels)), [f"{_name(outcome)}, {study.replace('_', ' ')}" for outcome, study in labels] if axes is panels[0] else []
+        )
+        axes.set(ylim=(len(labels) - 0.5, -0.5), xlabel="difference (outcome's unit)", title=str(part["contrast"].iloc[0]))
+        axes.title.set_fontsize(8)
+    panels[-1].text(0.99, 0.02, "filled: adjusted p < 0.05", transform=panels[-1].transAxes, ha="right", fontsize=7, alpha=0.7)
+    return figure
+
+
+def _multiverse(axes: Axes, table: pd.DataFrame, trial: Trial) -> None:
+    rows = table[table["term"].str.contains(" - ", regex=False)].reset_index(drop=True)
+    places = np.arange(len(rows))
+    for offset, prefix, colour, label in ((-0.12, "", COLOURS[0], "model"), (0.12, "bootstrap_", COLOURS[1], "Bayesian bootstrap over participants")):
+        error = [(rows["estimate"] - rows[f"{prefix}lower"]).clip(lower=0), (rows[f"{prefix}upper"] - rows["estimate"]).clip(lower=0)]
+        axes.errorbar(rows["estimate"], places + offset, xerr=error, color=colour, marker="o", markersize=4, capsize=2, linestyle="none", label=label)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [f"{row.specification}, {row.form}" for row in rows.itertuples()])
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=f"{trial.dose.label}: high minus low", title=f"{_name(rows['outcome'].iloc[0])}: specifications")
+    axes.legend(fontsize=7)

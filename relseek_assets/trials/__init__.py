@@ -1,0 +1,1 @@
+"""Stage 8: estimates from the tables of randomised trials."""

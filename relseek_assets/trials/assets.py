@@ -1,0 +1,287 @@
+"""A trial as assets: raw tables by file, estimates by study and outcome, adjusted tests by family.
+
+A file that is absent or faulty makes what reads it empty, with a status that says so, and leaves everything else alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import dagster as dg
+import numpy as np
+import pandas as pd
+
+from relseek_assets import trial_figures
+from relseek_assets.mixed_models import MixedModelError
+from relseek_assets.stage import Stage, Work, plot
+from relseek_assets.trial import Trial
+from relseek_assets.trials import covariates, estimates, fdr, frames, raw, tables
+from relseek_assets.trials.frames import OutcomeFrame
+from relseek_assets.trials.models import Fit
+from relseek_assets.trials.raw import TrialFault
+from relseek_resources.storage import StorageError
+
+GROUP = "trials"
+_frames: dict[str, tuple[tuple[str | None, ...], OutcomeFrame]] = {}
+
+
+def build(stage: Stage) -> None:
+    study, partitions = stage.study, stage.partitions
+    trial = study.trial
+    assert trial is not None
+    own, mine = partitions.of_my_tables(), dg.IdentityPartitionMapping()
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="The raw files of the trial as tables: known studies and arms, one arm a participant, values within their range.",
+        partitions=partitions.table,
+        deps={"trial_files": mine},
+        schema={name: trial.table_schema(name) for name in trial.tables},
+        seconds=0.3,
+    )
+    def trial_tables(work: Work) -> Iterator[dg.AssetMaterialization]:
+        for name in work.partitions:
+            assert name is not None
+            try:
+                path = raw.raw_path(trial, name, study.path)
+                frame = raw.read_table(trial, name, path)
+                trial.table_schema(name).to_arrow(frame, str(path))
+            except (TrialFault, StorageError) as fault:
+                yield work.nothing(name, str(fault))
+                continue
+            yield work.table(name, frame, {"file": str(path)})
+
+    def by_outcome(work: Work, make: Callable[[str, OutcomeFrame], dg.AssetMaterialization]) -> Iterator[dg.AssetMaterialization]:
+        """Make each outcome's partition; one that cannot be estimated says why and harms no other."""
+        with work.progress(len(work.partitions), "outcome") as done:
+            for key in work.partitions:
+                assert key is not None
+                yield one_outcome(work, trial, key, make)
+                done()
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="Polynomials of the dose compared, the one chosen, and whether pooled items differ in their effects.",
+        partitions=partitions.outcome,
+        deps={"trial_tables": own, "trial_declarations": mine},
+        schema=tables.FORMS,
+        seconds=0.3,
+    )
+    def trial_forms(work: Work) -> Iterator[dg.AssetMaterialization]:
+        yield from by_outcome(work, lambda key, frame: work.table(key, estimates.forms_table(frame)))
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="Six models of each outcome: additive and full, by polynomial, category and level of the dose.",
+        partitions=partitions.outcome,
+        deps={"trial_tables": own, "trial_declarations": mine, "trial_forms": mine},
+        schema=tables.FITS,
+        seconds=0.4,
+    )
+    def trial_fits(work: Work) -> Iterator[dg.AssetMaterialization]:
+        def make(key: str, frame: OutcomeFrame) -> dg.AssetMaterialization:
+            specification = estimates.specification_of(work.read_table("trial_forms", key))
+            fits = estimates.fit_all(frame, specification)
+            return work.table(key, estimates.fits_table(frame, specification, fits))
+
+        yield from by_outcome(work, make)
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="Contrasts of marginal means: main effects, moderation, change over time, dose-response coefficients.",
+        partitions=partitions.outcome,
+        deps={"trial_tables": own, "trial_declarations": mine, "trial_forms": mine, "trial_fits": mine},
+        schema=tables.CONTRASTS,
+        view=lambda rows: fdr.adjusted(rows, trial),
+        seconds=0.3,
+    )
+    def trial_contrasts(work: Work) -> Iterator[dg.AssetMaterialization]:
+        def make(key: str, frame: OutcomeFrame) -> dg.AssetMaterialization:
+            fits = {name: refitted(work, key, frame, name) for name in ("full_continuous", "full_coarsened", "additive_continuous")}
+            return work.table(key, estimates.contrasts_table(frame, fits))
+
+        yield from by_outcome(work, make)
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="Primary contrasts with Benjamini-Hochberg p-values within their local and measure families.",
+        partitions=partitions.family,
+        deps={"trial_contrasts": partitions.of_my_family()},
+        settings=[[outcome.name, outcome.family, outcome.local_family] for outcome in trial.outcomes],
+        schema=tables.FDR,
+    )
+    def trial_fdr(work: Work) -> Iterator[dg.AssetMaterialization]:
+        for family in work.partitions:
+            assert family is not None
+            keys = work.upstream("trial_contrasts", family)
+            missing = {key: status for key in keys if (status := work.status("trial_contrasts", key))}
+            rows = [work.read_table("trial_contrasts", key) for key in keys if key not in missing]
+            if not rows:
+                yield work.nothing(family, "; ".join(dict.fromkeys(missing.values())) or "no outcome belongs to this family")
+                continue
+            table = fdr.family_table(pd.concat(rows, ignore_index=True), trial, family)
+            shown = {"forest": plot(trial_figures.forest(table, trial))}
+            yield work.table(family, table, {**shown, **({"left_out": ", ".join(map(str, missing))} if missing else {})})
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="Effects tested against the declared bounds within which they count as none.",
+        partitions=partitions.outcome,
+        deps={"trial_contrasts": mine, "trial_declarations": mine},
+        schema=tables.EQUIVALENCE,
+    )
+    def trial_equivalence(work: Work) -> Iterator[dg.AssetMaterialization]:
+        for key in work.partitions:
+            assert key is not None
+            status = work.status("trial_contrasts", key)
+            margin = trial.of_key(key)[1].equivalence
+            if status or margin is None:
+                yield work.nothing(key, status or "no margin is declared")
+                continue
+            yield work.table(key, estimates.equivalence_table(work.read_table("trial_contrasts", key), margin))
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="Mean outcome along the dose: marginal means of the additive model, and raw means of participants.",
+        partitions=partitions.outcome,
+        deps={"trial_tables": own, "trial_declarations": mine, "trial_forms": mine, "trial_fits": mine},
+        schema=tables.CURVES,
+        seconds=0.4,
+    )
+    def dose_response_curves(work: Work) -> Iterator[dg.AssetMaterialization]:
+        def make(key: str, frame: OutcomeFrame) -> dg.AssetMaterialization:
+            table = estimates.dose_response_curve(frame, refitted(work, key, frame, "additive_continuous"))
+            return work.table(key, table, {"plot": plot(trial_figures.dose_response(table, trial))})
+
+        yield from by_outcome(work, make)
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="Mean outcome over time by arm: marginal means of the full model, and raw means of participants.",
+        partitions=partitions.outcome,
+        deps={"trial_tables": own, "trial_declarations": mine, "trial_forms": mine, "trial_fits": mine},
+        schema=tables.TRAJECTORIES,
+        seconds=0.3,
+    )
+    def trajectories(work: Work) -> Iterator[dg.AssetMaterialization]:
+        def make(key: str, frame: OutcomeFrame) -> dg.AssetMaterialization:
+            if not frame.timed:
+                return work.nothing(key, "measured once")
+            table = estimates.trajectories(frame, refitted(work, key, frame, "full_continuous"))
+            return work.table(key, table, {"plot": plot(trial_figures.trajectories(table, trial))})
+
+        yield from by_outcome(work, make)
+
+    if trial.participants:
+
+        @stage.asset(
+            group=GROUP,
+            version="1",
+            description="One row a participant: arm, and covariates as the robustness specifications use them.",
+            deps={"trial_tables": partitions.of_tables(*trial.participants)},
+            settings=[trial.participants, trial.questionnaire],
+            schema=covariates.schema(trial),
+            seconds=0.5,
+        )
+        def trial_participants(work: Work) -> Iterator[dg.AssetMaterialization]:
+            statuses = {name: work.status("trial_tables", name) for name in trial.participants}
+            try:
+                there = tuple(name for name, status in statuses.items() if not status)
+                table = covariates.participants_table(trial, read_tables(work, there))
+            except TrialFault as fault:
+                yield work.nothing(None, str(fault))
+                return
+            yield work.table(None, table, {"left_out": "; ".join(filter(None, statuses.values())) or "nothing"})
+
+    weights = trial.robustness.weights
+    always = [weights.table] if weights else []
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="The effect of the dose in every specification: covariates, attrition weights, and a Bayesian bootstrap over participants.",
+        partitions=partitions.outcome,
+        deps={
+            "trial_tables": partitions.of_my_tables(*always),
+            "trial_declarations": mine,
+            "trial_forms": mine,
+            "trial_fits": mine,
+            **({"trial_participants": dg.AllPartitionMapping()} if trial.participants else {}),
+        },
+        settings=[study.seed, trial.bootstrap.draws],
+        schema=tables.ROBUSTNESS,
+        seconds=2.0,
+    )
+    def trial_robustness(work: Work) -> Iterator[dg.AssetMaterialization]:
+        people = work.read_table("trial_participants") if trial.participants else None
+
+        def make(key: str, frame: OutcomeFrame) -> dg.AssetMaterialization:
+            if people is not None and len(people):
+                frame = frames.with_covariates(frame, people)
+            table = estimates.robustness_table(
+                frame,
+                estimates.specification_of(work.read_table("trial_forms", key)),
+                row_weights(work, trial, key, frame),
+                trial.bootstrap.draws,
+                study.seed,
+                estimates.thetas_of(work.read_table("trial_fits", key)),
+            )
+            return work.table(key, table)
+
+        yield from by_outcome(work, make)
+
+
+def one_outcome(work: Work, trial: Trial, key: str, make: Callable[[str, OutcomeFrame], dg.AssetMaterialization]) -> dg.AssetMaterialization:
+    """An outcome's partition, or an empty one that says what is absent or at fault."""
+    for table in trial.tables_of(key):
+        if status := work.status("trial_tables", table):
+            return work.nothing(key, status)
+    upstream = next((status for name in ("trial_forms", "trial_fits", "trial_contrasts") if (status := reads(work, name, key))), "")
+    if upstream:
+        return work.nothing(key, upstream)
+    try:
+        return make(key, remembered_frame(work, trial, key))
+    except (TrialFault, MixedModelError) as fault:
+        return work.nothing(key, str(fault))
+
+
+def refitted(work: Work, key: str, frame: OutcomeFrame, name: str) -> Fit:
+    """A model of `trial_fits` again, from the optimum that is on record."""
+    specification = estimates.specification_of(work.read_table("trial_forms", key))
+    return estimates.fit_one(frame, specification, name, estimates.thetas_of(work.read_table("trial_fits", key)).get(name))
+
+
+def remembered_frame(work: Work, trial: Trial, key: str) -> OutcomeFrame:
+    """An outcome's rows; kept in memory for the assets of the same process, as long as nothing that they are made of changes."""
+    names = trial.tables_of(key)
+    made_of = (trial.fingerprint, str(work.store.path(work.key("trial_tables"), None, "")), *(work.version("trial_tables", name) for name in names))
+    if (found := _frames.get(key)) is None or found[0] != made_of:
+        found = _frames[key] = (made_of, frames.outcome_frame(trial, key, read_tables(work, names)))
+    return found[1]
+
+
+def reads(work: Work, asset: str, key: str) -> str:
+    """The status of the same outcome in an upstream asset, empty where this asset does not read it."""
+    parents = {parent.path[-1] for parent, _ in work.lineage.parents(work.context.asset_key, key)}
+    return work.status(asset, key) if asset in parents else ""
+
+
+def read_tables(work: Work, names: tuple[str, ...]) -> Mapping[str, pd.DataFrame]:
+    return {name: work.read_table("trial_tables", name) for name in names}
+
+
+def row_weights(work: Work, trial: Trial, key: str, frame: OutcomeFrame) -> np.ndarray | None:
+    """Attrition weights of an outcome's rows, or None where none are declared, wanted or there."""
+    weights = trial.robustness.weights
+    if weights is None or not trial.of_key(key)[2].weighted or work.status("trial_tables", weights.table):
+        return None
+    of_participants = work.read_table("trial_tables", weights.table).drop_duplicates("participant").set_index("participant")[weights.column]
+    return frame.rows["participant"].map(of_participants).to_numpy(float)

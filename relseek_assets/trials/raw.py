@@ -1,0 +1,173 @@
+"""Raw files of a trial, read into tables of declared shape: one arm a participant, known labels, times that are numbers.
+
+Here belong reading and its checks. What is estimated from the tables belongs elsewhere.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from relseek_assets.trial import Trial, parsed_time
+from relseek_resources.storage import StorageError, read_jsonl
+
+
+class TrialFault(ValueError):
+    """Input that cannot be estimated from; the message names the file or the outcome, the column and what to do."""
+
+
+class AbsentTable(TrialFault):
+    """A declared file that is not there."""
+
+
+def raw_path(trial: Trial, name: str, study_file: Path) -> Path:
+    """The path of a raw file.
+
+    Raises:
+        AbsentTable: it is not there, or the environment variable that names the folder is not set.
+    """
+    file = trial.tables[name].file
+    folder = trial.folder(study_file)
+    if folder is None:
+        raise AbsentTable(f"absent: {file} ({trial.root.split('/')[0][1:]} is not set)")
+    path = folder / file
+    if not path.is_file():
+        raise AbsentTable(f"absent: {file}")
+    return path
+
+
+def read_table(trial: Trial, name: str, path: Path) -> pd.DataFrame:
+    """One raw file with the columns of `trial.table_schema(name)`.
+
+    Raises:
+        TrialFault: no such column, an unknown study or arm, a participant in two arms, a time without a number.
+    """
+    rows = _rows(path)
+    if rows.empty:
+        raise TrialFault(f"{path}: no rows")
+    declared = trial.tables[name]
+    wanted = [*([trial.participant] if declared.participants else []), *(column for group in declared.columns for column in group.names)]
+    missing = [column for column in wanted if column not in rows]
+    if missing:
+        raise TrialFault(f"{path}: lacks the columns {', '.join(missing)}; correct the file, or tables.{name} in the study file")
+    frame = pd.DataFrame(index=rows.index)
+    if declared.participants:
+        frame["participant"] = rows[trial.participant].astype("object").map(_text)
+        if frame["participant"].isna().any():
+            raise TrialFault(f"{path}: {int(frame['participant'].isna().sum())} rows have no {trial.participant}; add it or remove them")
+        frame["study"] = _studies(trial, rows, path)
+    if declared.arms == "own":
+        frame["dose"] = _doses(trial, rows, path)
+        for factor in trial.factors:
+            frame[factor.column] = _levels(rows, factor.column, factor.levels, path)
+        _one_arm_each(frame, [factor.column for factor in trial.factors], path)
+    for column, prefix in trial.times.items() if declared.participants else ():
+        frame[column] = _times(rows, column, prefix, path)
+    for group in declared.columns:
+        for column in group.names:
+            frame[column] = _times(rows, column, group.prefix, path) if group.kind == "time" else _values(rows[column], group.kind, column, path)
+    _one_row_each(frame, declared.key, name, path)
+    return frame
+
+
+def _rows(path: Path) -> pd.DataFrame:
+    try:
+        if path.suffix == ".parquet":
+            return pd.read_parquet(path)
+        if path.suffix == ".csv":
+            return pd.read_csv(path, dtype=object, keep_default_na=True)
+    except (OSError, ValueError) as error:
+        raise TrialFault(f"{path}: cannot be read ({error})") from error
+    try:
+        return pd.DataFrame([row for _, row in read_jsonl(path)], dtype=object)
+    except StorageError as error:
+        raise TrialFault(str(error)) from error
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None or value != value else str(value)
+
+
+def _values(values: pd.Series, kind: str, column: str, path: Path) -> pd.Series:
+    if kind == "string":
+        return values.astype(object).map(_text).astype(object)
+    if kind == "boolean":
+        known = {True: True, False: False, "True": True, "False": False, "true": True, "false": False}
+        found = values.astype(object).map(lambda value: None if _text(value) is None else known.get(value))
+        wrong = found.isna() & values.notna()
+        if wrong.any():
+            raise TrialFault(f"{path}: {column} holds {values[wrong].iloc[0]!r}, which is neither true nor false")
+        return found.astype(object)
+    numbers = pd.to_numeric(values.astype(object), errors="coerce")
+    wrong = numbers.isna() & values.notna()
+    if wrong.any():
+        raise TrialFault(f"{path}: {column} holds {values[wrong].iloc[0]!r}, which is no number")
+    return numbers.astype(float)
+
+
+def _studies(trial: Trial, rows: pd.DataFrame, path: Path) -> pd.Series:
+    if not trial.study.column:
+        return pd.Series(next(iter(trial.study.values)), index=rows.index, dtype=object)
+    if trial.study.column not in rows:
+        return pd.Series(None, index=rows.index, dtype=object)
+    names = {raw: ours for ours, raw in trial.study.values.items()}
+    found = rows[trial.study.column].map(names)
+    if found.isna().any():
+        unknown = rows[trial.study.column][found.isna()].iloc[0]
+        raise TrialFault(f"{path}: {trial.study.column} holds {unknown!r}; the studies are {', '.join(names)} (trial.study.values)")
+    return found.astype(object)
+
+
+def _doses(trial: Trial, rows: pd.DataFrame, path: Path) -> pd.Series:
+    """The dose of each row; NaN where the file has no arms."""
+    column = trial.dose.column
+    if column not in rows:
+        return pd.Series(float("nan"), index=rows.index)
+    if isinstance(trial.dose.values, dict):
+        found = rows[column].map(trial.dose.values)
+    else:
+        numbers = _values(rows[column], "number", column, path)
+        found = numbers.where(numbers.isin(trial.dose.doses))
+    wrong = found.isna() & rows[column].notna()
+    if wrong.any():
+        known = trial.dose.values if isinstance(trial.dose.values, dict) else trial.dose.doses
+        raise TrialFault(f"{path}: {column} holds {rows[column][wrong].iloc[0]!r}; the arms are {', '.join(map(str, known))} (trial.dose.values)")
+    return found.astype(float)
+
+
+def _levels(rows: pd.DataFrame, column: str, levels: tuple[str, ...], path: Path) -> pd.Series:
+    if column not in rows:
+        return pd.Series(None, index=rows.index, dtype=object)
+    wrong = rows[column].notna() & ~rows[column].isin(levels)
+    if wrong.any():
+        raise TrialFault(f"{path}: {column} holds {rows[column][wrong].iloc[0]!r}; its levels are {', '.join(levels)} (trial.factors)")
+    return rows[column].map(_text).astype(object)
+
+
+def _times(rows: pd.DataFrame, column: str, prefix: str, path: Path) -> pd.Series:
+    if column not in rows:
+        return pd.Series(None, index=rows.index, dtype="Int64")
+    try:
+        return pd.Series([parsed_time(value, prefix) for value in rows[column]], index=rows.index, dtype="Int64")
+    except ValueError as error:
+        raise TrialFault(f"{path}: {column}: {error}; correct the file") from error
+
+
+def _one_arm_each(frame: pd.DataFrame, factors: list[str], path: Path) -> None:
+    arms = frame[["participant", "dose", *factors]].drop_duplicates().dropna(subset=["dose"])
+    twice = arms["participant"][arms["participant"].duplicated()]
+    if len(twice):
+        found = arms[arms["participant"] == twice.iloc[0]].drop(columns="participant").to_dict("records")
+        raise TrialFault(f"{path}: participant {twice.iloc[0]} is in {len(found)} arms ({found[0]} and {found[1]}); a participant has one arm")
+
+
+def _one_row_each(frame: pd.DataFrame, key: tuple[str, ...] | None, name: str, path: Path) -> None:
+    if key is None:
+        return
+    twice = frame.duplicated(["participant", *key])
+    if twice.any():
+        row = frame[twice].iloc[0]
+        what = "".join(f" with {column} {row[column]}" for column in key)
+        raise TrialFault(f"{path}: participant {row['participant']} has two rows{what}; keep one (tables.{name}.key)")
