@@ -165,6 +165,8 @@ class Study(_Settings):
         for name in ("behaviours", "models"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing; add it")
+        if "doses" not in self.model_fields_set:
+            raise ValueError("doses: missing; add it")
         if len(self.doses.generated) < 2:
             raise ValueError("doses.generated: a study needs at least two doses; add them")
         return self

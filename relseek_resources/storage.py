@@ -178,7 +178,10 @@ def _is_null(value: Any) -> bool:
 def _of_kind(value: Any, kind: str) -> Any:
     """`value` as Arrow should store it, refusing what Arrow would quietly turn into something else."""
     if kind == "json":
-        return json.dumps(value, ensure_ascii=False, sort_keys=True)
+        try:
+            return json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False)
+        except ValueError as error:
+            raise TypeError(f"found NaN or infinity in {str(value)[:60]}") from error
     if kind in ("integer", "number") and isinstance(value, bool | np.bool_):
         raise TypeError(f"found the truth value {value}")
     if kind == "integer" and isinstance(value, float | np.floating):
@@ -312,8 +315,12 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
     If another process was first, its folder stays and ours is dropped: both hold the same content by construction.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", ignore_cleanup_errors=True) as name:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot write here ({error.strerror}); set RELSEEK_CACHE to a writable folder") from error
+    with beside as name:
         inner = Path(name) / folder.name
         inner.mkdir()
         yield inner

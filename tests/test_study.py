@@ -78,6 +78,10 @@ def test_every_shipped_study_loads_as_its_file_says(name: str) -> None:
     study = load_study(name)
     assert study.name == name == content["name"]
     assert study.path == STUDIES / f"{name}.toml"
+    if study.kind == "trial":
+        assert study.trial is not None and list(study.trial.tables) == list(content["trial"]["tables"])
+        assert [outcome.name for outcome in study.trial.outcomes] == [outcome["name"] for outcome in content["trial"]["outcomes"]]
+        return
     assert list(study.behaviours) == content["behaviours"]
     assert set(study.doses.generated) == set(content["doses"]["generated"])
     assert len(study.sites) == sum(len(model["layers"]) for model in content["models"])
@@ -166,11 +170,11 @@ FAULTS = {
     "NaN dose": ("0.0, 0.5]", "0.0, nan]", "doses: generated holds NaN", "give numbers"),
     "infinite dose": ("0.0, 0.5]", "0.0, inf]", "doses.generated: [inf]", "drop them"),
     "dose too fine for a key": ("0.0, 0.5]", "0.0, 0.00005]", "doses: generated holds [5e-05]", "at most four decimals"),
-    "one dose": ("[1.0, -1.0, 0.0, 0.5]", "[1.0]", "doses.generated", "correct it"),
+    "one dose": ("[1.0, -1.0, 0.0, 0.5]", "[1.0]", "doses.generated", "at least two doses; add them"),
     "paired dose not generated": ("[prompts]", "paired = [0.0, 0.25]\n[prompts]", "paired names the doses [0.25]", "add them to generated"),
     "selection dose not generated": ("[prompts]", "selection = [2.0]\n[prompts]", "selection names the doses [2.0]", "add them to generated"),
     "unknown behaviour": ('"relationship_seeking"', '"courtesy"', "behaviours: 'courtesy'", "there is relationship_seeking, sycophancy"),
-    "no behaviour": ('["relationship_seeking"]', "[]", "behaviours", "correct it"),
+    "no behaviour": ('["relationship_seeking"]', "[]", "behaviours: missing", "add it"),
     "two behaviours": ('["relationship_seeking"]', '["relationship_seeking", "sycophancy"]', "behaviours", "correct it"),
     "all held out": ("training = 8", "heldout_share = 1.0", "pairs.heldout_share", "(found 1.0); correct it"),
     "negative count": ("count = 3", "count = -3", "prompts.count", "(found -3); correct it"),

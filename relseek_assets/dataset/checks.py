@@ -1,8 +1,11 @@
 """Asset checks of the behaviour's conversations and of the pairs made from them."""
 
+from collections.abc import Callable
+from typing import Any
+
 import dagster as dg
 
-from relseek_assets.behaviour import FILES, BehaviourError, read_conversations
+from relseek_assets.behaviour import FILES, BehaviourError, StarterConversation, read_conversations
 from relseek_assets.dataset import quality
 from relseek_assets.dataset.pairs import PREFERENCE_PAIRS
 from relseek_assets.stage import TABLE, Stage
@@ -25,27 +28,41 @@ def build(stage: Stage) -> list[dg.AssetChecksDefinition]:
             return dg.AssetCheckResult(passed=False, metadata={"fault": str(error)})
         return dg.AssetCheckResult(passed=True, metadata={"conversations": len(found), "turns": sum(len(row.turns) for row in found)})
 
+    def readable(judge: Callable[[list[StarterConversation]], dg.AssetCheckResult]) -> dg.AssetCheckResult:
+        """What a check finds in the conversations, or the fault that keeps it from reading them."""
+        try:
+            return judge(read_conversations(path))
+        except (BehaviourError, StorageError) as error:
+            return dg.AssetCheckResult(passed=False, metadata={"fault": str(error)})
+
     @dg.asset_check(asset=conversations, name="duplicates", description="No two conversations are the same or nearly so.")
     def duplicates() -> dg.AssetCheckResult:
-        found = read_conversations(path)
-        same, near = quality.exact_duplicates(found), quality.near_duplicates(found)
-        return dg.AssetCheckResult(passed=not same and not near, metadata={"same": str(same), "near": str(near), "threshold": quality.NEAR_DUPLICATE})
+        def judge(found: list[StarterConversation]) -> dg.AssetCheckResult:
+            same, near = quality.exact_duplicates(found), quality.near_duplicates(found)
+            shown: dict[str, Any] = {"same": str(same), "near": str(near), "threshold": quality.NEAR_DUPLICATE}
+            return dg.AssetCheckResult(passed=not same and not near, metadata=shown)
+
+        return readable(judge)
 
     @dg.asset_check(asset=conversations, name="variety", description="Topics are many, and openings of five words are shared by few.")
     def variety() -> dg.AssetCheckResult:
-        found = read_conversations(path)
-        topics = len({row.topic for row in found})
-        opening, shared = next(iter(quality.shared_openings(found).items()))
-        passed = topics >= FEWEST_TOPICS and shared <= MOST_SHARED_OPENING
-        return dg.AssetCheckResult(passed=passed, metadata={"topics": topics, "most_shared_opening": opening, "shared_by": shared})
+        def judge(found: list[StarterConversation]) -> dg.AssetCheckResult:
+            topics = len({row.topic for row in found})
+            opening, shared = next(iter(quality.shared_openings(found).items()))
+            passed = topics >= FEWEST_TOPICS and shared <= MOST_SHARED_OPENING
+            return dg.AssetCheckResult(passed=passed, metadata={"topics": topics, "most_shared_opening": opening, "shared_by": shared})
+
+        return readable(judge)
 
     @dg.asset_check(asset=conversations, name="length_balance", description="Target and anti-target replies have the same mean length, within 5%.")
     def length_balance() -> dg.AssetCheckResult:
-        table = quality.length_balance(read_conversations(path)).set_index("prompt_type")
-        ratio = float(table.loc["all", "ratio"])
-        return dg.AssetCheckResult(
-            passed=abs(ratio - 1) <= LENGTH_TOLERANCE, metadata={"ratio": ratio, "by_type": str(table["ratio"].round(3).to_dict())}
-        )
+        def judge(found: list[StarterConversation]) -> dg.AssetCheckResult:
+            table = quality.length_balance(found).set_index("prompt_type")
+            ratio = float(table.loc["all", "ratio"])
+            shown: dict[str, Any] = {"ratio": ratio, "by_type": str(table["ratio"].round(3).to_dict())}
+            return dg.AssetCheckResult(passed=abs(ratio - 1) <= LENGTH_TOLERANCE, metadata=shown)
+
+        return readable(judge)
 
     @dg.asset_check(
         asset=pairs,

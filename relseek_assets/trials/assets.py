@@ -6,23 +6,21 @@ A file that is absent or faulty makes what reads it empty, with a status that sa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import dagster as dg
-import numpy as np
 import pandas as pd
 
 from relseek_assets import trial_figures
-from relseek_assets.mixed_models import MixedModelError
 from relseek_assets.stage import Stage, Work, plot
 from relseek_assets.trial import Trial
-from relseek_assets.trials import covariates, estimates, fdr, frames, raw, tables
+from relseek_assets.trials import covariates, estimates, fdr, frames, raw, steps, tables
 from relseek_assets.trials.frames import OutcomeFrame
-from relseek_assets.trials.models import Fit
 from relseek_assets.trials.raw import TrialFault
 from relseek_resources.storage import StorageError
 
 GROUP = "trials"
-_frames: dict[str, tuple[tuple[str | None, ...], OutcomeFrame]] = {}
+_frames: dict[str, tuple[tuple[Any, ...], OutcomeFrame]] = {}
 
 
 def build(stage: Stage) -> None:
@@ -52,14 +50,6 @@ def build(stage: Stage) -> None:
                 continue
             yield work.table(name, frame, {"file": str(path)})
 
-    def by_outcome(work: Work, make: Callable[[str, OutcomeFrame], dg.AssetMaterialization]) -> Iterator[dg.AssetMaterialization]:
-        """Make each outcome's partition; one that cannot be estimated says why and harms no other."""
-        with work.progress(len(work.partitions), "outcome") as done:
-            for key in work.partitions:
-                assert key is not None
-                yield one_outcome(work, trial, key, make)
-                done()
-
     @stage.asset(
         group=GROUP,
         version="1",
@@ -70,7 +60,7 @@ def build(stage: Stage) -> None:
         seconds=0.3,
     )
     def trial_forms(work: Work) -> Iterator[dg.AssetMaterialization]:
-        yield from by_outcome(work, lambda key, frame: work.table(key, estimates.forms_table(frame)))
+        yield from by_outcome(work, steps.forms)
 
     @stage.asset(
         group=GROUP,
@@ -82,12 +72,7 @@ def build(stage: Stage) -> None:
         seconds=0.4,
     )
     def trial_fits(work: Work) -> Iterator[dg.AssetMaterialization]:
-        def make(key: str, frame: OutcomeFrame) -> dg.AssetMaterialization:
-            specification = estimates.specification_of(work.read_table("trial_forms", key))
-            fits = estimates.fit_all(frame, specification)
-            return work.table(key, estimates.fits_table(frame, specification, fits))
-
-        yield from by_outcome(work, make)
+        yield from by_outcome(work, steps.fits, "trial_forms")
 
     @stage.asset(
         group=GROUP,
@@ -100,11 +85,7 @@ def build(stage: Stage) -> None:
         seconds=0.3,
     )
     def trial_contrasts(work: Work) -> Iterator[dg.AssetMaterialization]:
-        def make(key: str, frame: OutcomeFrame) -> dg.AssetMaterialization:
-            fits = {name: refitted(work, key, frame, name) for name in ("full_continuous", "full_coarsened", "additive_continuous")}
-            return work.table(key, estimates.contrasts_table(frame, fits))
-
-        yield from by_outcome(work, make)
+        yield from by_outcome(work, steps.contrasts, "trial_forms", "trial_fits")
 
     @stage.asset(
         group=GROUP,
@@ -156,11 +137,7 @@ def build(stage: Stage) -> None:
         seconds=0.4,
     )
     def dose_response_curves(work: Work) -> Iterator[dg.AssetMaterialization]:
-        def make(key: str, frame: OutcomeFrame) -> dg.AssetMaterialization:
-            table = estimates.dose_response_curve(frame, refitted(work, key, frame, "additive_continuous"))
-            return work.table(key, table, {"plot": plot(trial_figures.dose_response(table, trial))})
-
-        yield from by_outcome(work, make)
+        yield from by_outcome(work, steps.curve, "trial_forms", "trial_fits")
 
     @stage.asset(
         group=GROUP,
@@ -172,13 +149,7 @@ def build(stage: Stage) -> None:
         seconds=0.3,
     )
     def trajectories(work: Work) -> Iterator[dg.AssetMaterialization]:
-        def make(key: str, frame: OutcomeFrame) -> dg.AssetMaterialization:
-            if not frame.timed:
-                return work.nothing(key, "measured once")
-            table = estimates.trajectories(frame, refitted(work, key, frame, "full_continuous"))
-            return work.table(key, table, {"plot": plot(trial_figures.trajectories(table, trial))})
-
-        yield from by_outcome(work, make)
+        yield from by_outcome(work, steps.trajectories, "trial_forms", "trial_fits")
 
     if trial.participants:
 
@@ -222,66 +193,83 @@ def build(stage: Stage) -> None:
     )
     def trial_robustness(work: Work) -> Iterator[dg.AssetMaterialization]:
         people = work.read_table("trial_participants") if trial.participants else None
+        of_participants = attrition_weights(work, trial)
 
-        def make(key: str, frame: OutcomeFrame) -> dg.AssetMaterialization:
-            if people is not None and len(people):
-                frame = frames.with_covariates(frame, people)
-            table = estimates.robustness_table(
-                frame,
-                estimates.specification_of(work.read_table("trial_forms", key)),
-                row_weights(work, trial, key, frame),
-                trial.bootstrap.draws,
-                study.seed,
-                estimates.thetas_of(work.read_table("trial_fits", key)),
-            )
-            return work.table(key, table)
+        def options(key: str) -> dict[str, Any]:
+            return {
+                "weights": of_participants if trial.of_key(key)[2].weighted else None,
+                "draws": trial.bootstrap.draws,
+                "seed": study.seed,
+            }
 
-        yield from by_outcome(work, make)
+        yield from by_outcome(work, steps.robustness, "trial_forms", "trial_fits", options=options, people=people)
 
 
-def one_outcome(work: Work, trial: Trial, key: str, make: Callable[[str, OutcomeFrame], dg.AssetMaterialization]) -> dg.AssetMaterialization:
-    """An outcome's partition, or an empty one that says what is absent or at fault."""
-    for table in trial.tables_of(key):
-        if status := work.status("trial_tables", table):
-            return work.nothing(key, status)
-    upstream = next((status for name in ("trial_forms", "trial_fits", "trial_contrasts") if (status := reads(work, name, key))), "")
-    if upstream:
-        return work.nothing(key, upstream)
+def by_outcome(
+    work: Work,
+    step: steps.Step,
+    *upstream: str,
+    options: Callable[[str], Mapping[str, Any]] = lambda key: {},
+    people: pd.DataFrame | None = None,
+) -> Iterator[dg.AssetMaterialization]:
+    """Make each outcome's partition; one that cannot be estimated says why and harms no other.
+
+    Args:
+        upstream: assets by outcome whose tables the step reads.
+        people: covariates that the rows are to have beside.
+    """
+    trial = work.study.trial
+    assert trial is not None
+    keys = [str(key) for key in work.partitions]
+    tasks = (task_of(work, trial, key, step, upstream, options(key), people) for key in keys)
+    with work.progress(len(keys), "outcome") as done:
+        for partition, made in zip(work.partitions, steps.run(tasks, len(keys)), strict=True):
+            if made.table is None:
+                yield work.nothing(partition, made.fault)
+            else:
+                shown = {"plot": dg.MetadataValue.md(f"![figure](data:image/png;base64,{made.figure})")} if made.figure else {}
+                yield work.table(partition, made.table, shown)
+            done()
+
+
+def task_of(
+    work: Work, trial: Trial, key: str, step: steps.Step, upstream: tuple[str, ...], options: Mapping[str, Any], people: pd.DataFrame | None
+) -> steps.Task | steps.Made:
+    """What is to be done for an outcome, or why nothing can be."""
+    read = [("trial_tables", table) for table in trial.tables_of(key)] + [(asset, key) for asset in upstream]
+    if status := next((status for asset, partition in read if (status := work.status(asset, partition))), ""):
+        return steps.Made(fault=status)
     try:
-        return make(key, remembered_frame(work, trial, key))
-    except (TrialFault, MixedModelError) as fault:
-        return work.nothing(key, str(fault))
+        token, frame = remembered_frame(work, trial, key)
+    except TrialFault as fault:
+        return steps.Made(fault=str(fault))
+    if people is not None and len(people):
+        frame = frames.with_covariates(frame, people)
+        token = (*token, work.version("trial_participants"))
+    return steps.Task(step, token, frame, {asset: work.read_table(asset, key) for asset in upstream}, options)
 
 
-def refitted(work: Work, key: str, frame: OutcomeFrame, name: str) -> Fit:
-    """A model of `trial_fits` again, from the optimum that is on record."""
-    specification = estimates.specification_of(work.read_table("trial_forms", key))
-    return estimates.fit_one(frame, specification, name, estimates.thetas_of(work.read_table("trial_fits", key)).get(name))
-
-
-def remembered_frame(work: Work, trial: Trial, key: str) -> OutcomeFrame:
-    """An outcome's rows; kept in memory for the assets of the same process, as long as nothing that they are made of changes."""
+def remembered_frame(work: Work, trial: Trial, key: str) -> tuple[tuple[Any, ...], OutcomeFrame]:
+    """(what they are made of, an outcome's rows); kept in memory for the assets of the same process until that changes."""
     names = trial.tables_of(key)
-    made_of = (trial.fingerprint, str(work.store.path(work.key("trial_tables"), None, "")), *(work.version("trial_tables", name) for name in names))
+    made_of = (
+        key,
+        trial.fingerprint,
+        str(work.store.path(work.key("trial_tables"), None, "")),
+        *(work.version("trial_tables", name) for name in names),
+    )
     if (found := _frames.get(key)) is None or found[0] != made_of:
         found = _frames[key] = (made_of, frames.outcome_frame(trial, key, read_tables(work, names)))
-    return found[1]
-
-
-def reads(work: Work, asset: str, key: str) -> str:
-    """The status of the same outcome in an upstream asset, empty where this asset does not read it."""
-    parents = {parent.path[-1] for parent, _ in work.lineage.parents(work.context.asset_key, key)}
-    return work.status(asset, key) if asset in parents else ""
+    return found
 
 
 def read_tables(work: Work, names: tuple[str, ...]) -> Mapping[str, pd.DataFrame]:
     return {name: work.read_table("trial_tables", name) for name in names}
 
 
-def row_weights(work: Work, trial: Trial, key: str, frame: OutcomeFrame) -> np.ndarray | None:
-    """Attrition weights of an outcome's rows, or None where none are declared, wanted or there."""
+def attrition_weights(work: Work, trial: Trial) -> pd.Series | None:
+    """Weights by participant, or None where none are declared or there."""
     weights = trial.robustness.weights
-    if weights is None or not trial.of_key(key)[2].weighted or work.status("trial_tables", weights.table):
+    if weights is None or work.status("trial_tables", weights.table):
         return None
-    of_participants = work.read_table("trial_tables", weights.table).drop_duplicates("participant").set_index("participant")[weights.column]
-    return frame.rows["participant"].map(of_participants).to_numpy(float)
+    return work.read_table("trial_tables", weights.table).drop_duplicates("participant").set_index("participant")[weights.column]

@@ -102,7 +102,14 @@ def cache_pairs(
     """Run the first `count` pairs (0: all) that fit `max_tokens` once through the model without v.
 
     A pair whose prompt and longer reply exceed `max_tokens` is left out and counted, never truncated.
+
+    Raises:
+        ValueError: two pairs of one name, which the order of batches could not tell apart, or no pair that fits.
     """
+    names = [candidate.name for candidate in pairs]
+    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if repeated:
+        raise ValueError(f"{len(repeated)} names stand for several pairs, {repeated[0]!r} among them; give every pair a name of its own")
     kept: list[Pair] = []
     prompts: list[list[int]] = []
     replies: list[tuple[list[int], list[int]]] = []

@@ -334,10 +334,15 @@ class SteeredModel:
 
         Without `replies` it is read at the last prompt token (after the assistant header); with them it is the mean over
         the reply's tokens.
+
+        Raises:
+            ModelError: a reply without tokens.
         """
         self._check_rows(len(conversations))
         prompts = [self.prompt_tokens(conversation) for conversation in conversations]
         answers = [[] for _ in prompts] if replies is None else [self.reply_tokens(reply, end=False) for reply in replies]
+        if replies is not None:
+            check_tokens(prompts, answers)
         found = np.empty((len(prompts), len(layers), self.width), dtype=np.float32)
         for rows in by_length([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)], batch_size):
             with self._on_rows(rows):
@@ -399,6 +404,9 @@ class SteeredModel:
                     input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
                 ).last_hidden_state[:, -1]
             logits = self.logits(hidden)
+            broken = (~torch.isfinite(logits).all(-1)).nonzero().flatten().tolist()
+            if broken:
+                raise ModelError(f"row {rows[int(active[broken[0]])]}: the model's logits are not finite; use a smaller multiplier or a wider dtype")
             chosen = draw(logits, draws[active.to(self.device), step], sampling)
             picked = logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
             unfinished = []

@@ -137,6 +137,15 @@ def test_an_empty_reply_fails_the_schema_with_its_line(stage: Stage, folder: Pat
     assert "line 7, turn 1: target" in result.metadata["fault"].value
 
 
+@pytest.mark.parametrize("name", ["duplicates", "variety", "length_balance"])
+def test_every_check_of_a_file_that_cannot_be_read_fails_with_its_fault(stage: Stage, folder: Path, name: str) -> None:
+    spoil(folder, lambda rows: rows[6]["turns"][0].update(target=" "))
+    named = {next(iter(check.check_keys)).name: check for check in checks.build(stage)}
+    result = named[name]()
+    assert not result.passed
+    assert "line 7, turn 1: target" in result.metadata["fault"].value
+
+
 def test_a_missing_file_fails_the_schema(stage: Stage, folder: Path) -> None:
     (folder / "conversations.jsonl").unlink()
     named = {next(iter(check.check_keys)).name: check for check in checks.build(stage)}

@@ -253,3 +253,14 @@ def test_the_embedded_model_answers_in_english_and_a_vector_changes_its_answer(e
     with embedded_model.steer(away, 14, 1.0):
         (steered,) = embedded_model.generate([QUESTIONED[1]], Sampling(temperature=0, max_new_tokens=8))
     assert steered.text != embedded_replies[1].text
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_dose_that_overflows_the_model_is_refused_and_draws_no_token(tiny_llama, temperature):
+    vector = np.full(tiny_llama.width, 3e38, dtype=np.float32)
+    sampling = Sampling(temperature=temperature, max_new_tokens=2)
+    with (
+        tiny_llama.steer(vector, 1, [0.0, 1e3]),
+        pytest.raises(ModelError, match="row 1: the model's logits are not finite"),
+    ):
+        tiny_llama.generate(asked("Hi", "No."), sampling, seeds=[1, 2])

@@ -278,3 +278,8 @@ def test_activations_under_steering_shift_by_the_vector_at_its_block_and_not_bel
     assert np.array_equal(steered[:, 0], plain[:, 0])
     np.testing.assert_allclose(steered[:, 1] - plain[:, 1], np.tile(2.0 * vector, (3, 1)), atol=1e-5)
     assert np.abs(steered[:, 2] - plain[:, 2] - 2.0 * vector.numpy()).max() > 0.1
+
+
+def test_activations_of_a_reply_without_tokens_are_refused(tiny_llama):
+    with pytest.raises(ModelError, match="row 1: a reply without tokens"):
+        tiny_llama.activations(CONVERSATIONS[:2], [1], ["There is one.", ""])

@@ -301,6 +301,7 @@ def test_a_written_file_carries_its_columns_meanings_and_units(tmp_path):
         ("valid", [1, 0, 1], "declared as boolean"),
         ("attempt", [1, 2**63, 2], "declared as integer"),
         ("raw", [{1, 2}, None, None], "declared as json"),
+        ("raw", [{"score": [1.0, float("nan")]}, None, None], "declared as json: found NaN or infinity"),
         ("item", ["a", "half of a pair: \ud83d", "c"], "declared as string"),
         ("raw", ["half of a pair: \ud83d", None, None], "declared as json"),
     ],
@@ -431,6 +432,12 @@ def test_the_version_of_settings_ignores_the_order_of_keys_and_sees_every_value(
 
 
 # --- JSON Lines -------------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_that_cannot_be_written_says_which_variable_moves_it(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match=r"model: cannot write here .*set RELSEEK_CACHE"), replaced_folder(tmp_path / "file" / "model"):
+        pytest.fail("nothing should be asked for where nothing can be kept")
 
 
 def test_json_lines_come_with_their_line_numbers_and_blank_lines_are_passed_over(tmp_path):

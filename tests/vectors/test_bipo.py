@@ -89,6 +89,12 @@ def vector_of(seed: int, scale: float = 0.3) -> torch.Tensor:
     return scale * torch.randn(64, generator=torch.Generator().manual_seed(seed))
 
 
+def test_pairs_that_share_a_name_are_refused(tiny_llama):
+    one, two = random_pairs(1, 2)
+    with pytest.raises(ValueError, match="1 names stand for several pairs, 'pair 0' among them"):
+        cached(tiny_llama, [one, two, Pair(one.name, two.prompt, two.chosen, two.rejected)])
+
+
 @pytest.mark.parametrize("batch", range(10))
 def test_loss_and_gradient_equal_those_of_a_policy_pass_and_a_reference_pass(tiny, batch):
     layer, direction = batch % 4, 1 if batch % 2 else -1
