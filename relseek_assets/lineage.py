@@ -33,6 +33,7 @@ from relseek_resources.storage import content_version
 
 SOURCE_TAG = "relseek/source"  # `imported` on partitions that came from a file instead of a run
 NO_EVENT = "NULL"
+MOST_IDS_OF_A_QUERY = 500  # SQLite allows 999 variables in a statement
 
 #: Metadata that keeps Dagster from adding an event of its own to an output: ours, with its own version, is there already.
 ALREADY_RECORDED = {SYSTEM_METADATA_KEY_SOURCE_ASSET_OBSERVATION: True}
@@ -54,6 +55,54 @@ class Loading(LoadingContext):
         return self._loaders
 
 
+class _LatestRecords:
+    """The latest record of every partition of an asset, fetched together and kept for as long as one question lasts.
+
+    Stands in for the instance and for its queryer inside Dagster's resolver of staleness.
+    """
+
+    def __init__(self, instance: dg.DagsterInstance, graph: Any) -> None:
+        self._instance = instance
+        self._graph = graph
+        self._found: dict[dg.AssetKey, dict[str | None, Any]] = {}
+
+    def of(self, key: dg.AssetKey, partition: str | None) -> Any:
+        if key not in self._found:
+            node = self._graph.get(key)
+            self._found[key] = self._by_partition(key, node.is_external) if node.is_partitioned else {}
+        known = self._found[key]
+        if partition is None and None not in known:
+            known[None] = self._instance.get_latest_data_version_record(key, self._graph.get(key).is_external)
+        return known.get(None if partition is None else str(partition))
+
+    def _by_partition(self, key: dg.AssetKey, is_external: bool) -> dict[str | None, Any]:
+        kind = dg.DagsterEventType.ASSET_OBSERVATION if is_external else dg.DagsterEventType.ASSET_MATERIALIZATION
+        storage = self._instance.event_log_storage
+        places = list(storage.get_latest_storage_id_by_partition(key, kind).values())
+        found: dict[str | None, Any] = {}
+        for start in range(0, len(places), MOST_IDS_OF_A_QUERY):
+            chosen = places[start : start + MOST_IDS_OF_A_QUERY]
+            for record in storage.get_event_records(dg.EventRecordsFilter(event_type=kind, asset_key=key, storage_ids=chosen)):
+                found[record.partition_key] = record
+        return found
+
+    def get_latest_materialization_or_observation_record(self, asset_partition: Any) -> Any:
+        return self.of(asset_partition.asset_key, asset_partition.partition_key)
+
+    def get_latest_data_version_record(
+        self,
+        key: dg.AssetKey,
+        is_source: bool | None = None,
+        partition_key: str | None = None,
+        before_cursor: int | None = None,
+        after_cursor: int | None = None,
+    ) -> Any:
+        if before_cursor is not None:
+            return self._instance.get_latest_data_version_record(key, is_source, partition_key, before_cursor, after_cursor)
+        found = self.of(key, partition_key)
+        return None if found is None or (after_cursor is not None and found.storage_id <= after_cursor) else found
+
+
 @dataclass(frozen=True)
 class State:
     """Whether one partition is `missing`, `stale`, `fresh` or `imported`, and why it is stale."""
@@ -69,11 +118,14 @@ class Lineage:
     def __init__(self, instance: dg.DagsterInstance, graph: Any) -> None:
         self.instance = instance
         self.graph = graph
-        self._records: dict[tuple[dg.AssetKey, str | None], Any] = {}
+        self._latest = _LatestRecords(instance, graph)
 
     @cached_property
     def _resolver(self) -> CachingStaleStatusResolver:
-        return CachingStaleStatusResolver(self.instance, self.graph, Loading(self.instance))
+        resolver = CachingStaleStatusResolver(self.instance, self.graph, Loading(self.instance))
+        # it asks for one partition after the other, 4 to 8 ms each; ours answers from two queries an asset
+        resolver._instance = resolver._instance_queryer = self._latest  # type: ignore[assignment]
+        return resolver
 
     def parents(self, key: dg.AssetKey, partition: str | None) -> list[tuple[dg.AssetKey, str | None]]:
         """Every upstream partition that this one reads."""
@@ -88,11 +140,8 @@ class Lineage:
         return found
 
     def record(self, key: dg.AssetKey, partition: str | None) -> Any:
-        """The latest event of a partition, asked for once."""
-        asked = (key, None if partition is None else str(partition))
-        if asked not in self._records:
-            self._records[asked] = self.instance.get_latest_data_version_record(key, self.graph.get(key).is_external, partition)
-        return self._records[asked]
+        """The latest event of a partition that carries a data version, or None."""
+        return self._latest.of(key, partition)
 
     def version(self, key: dg.AssetKey, partition: str | None) -> str | None:
         """The data version of a partition, or None where it was never materialised or observed."""

@@ -5,8 +5,9 @@ Here belongs what the page shows and how; no number is computed here and no Dags
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from relseek_assets import figures, trial_figures
 from relseek_assets.reports.page import Shown, number
 from relseek_assets.trial import Trial
+from relseek_resources.processes import in_order
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,10 @@ def with_families(contrasts: pd.DataFrame, fdr: pd.DataFrame) -> pd.DataFrame:
 
 def figures_of(trial: Trial, tables: Mapping[str, pd.DataFrame], versions: Mapping[str, Sequence[tuple[str, str]]]) -> list[Shown]:
     """A forest by family, and small multiples of curves, trajectories and specifications by study."""
-    found = []
+    planned: list[Planned] = []
     for family, rows in tables["trial_fdr"].groupby("family", sort=False):
         title = f"Main effects, {str(family).replace('_', ' ')}"
-        found.append(
-            _shown(title, trial_figures.forest(rows, trial), "Differences of marginal means with 95% intervals.", "trial_fdr", versions, [family])
-        )
+        planned.append(Planned(title, trial_figures.forest, rows, "Differences of marginal means with 95% intervals.", "trial_fdr", (str(family),)))
     several = (
         ("dose_response_curves", trial_figures.dose_responses, "Dose-response", "Additive model with its band; raw means of participants."),
         ("trajectories", trial_figures.trajectory_panels, "Trajectories", "Full model as lines, raw means of participants as points."),
@@ -74,16 +74,34 @@ def figures_of(trial: Trial, tables: Mapping[str, pd.DataFrame], versions: Mappi
         for asset, draw, title, caption in several:
             rows = tables[asset][tables[asset]["study"] == study]
             if len(rows):
-                keys = [f"{study}:{outcome}" for outcome in rows["outcome"].unique()]
-                found.append(_shown(f"{title}, {study.replace('_', ' ')}", draw(rows, trial), caption, asset, versions, keys))
-    return found
+                keys = tuple(f"{study}:{outcome}" for outcome in rows["outcome"].unique())
+                planned.append(Planned(f"{title}, {study.replace('_', ' ')}", draw, rows, caption, asset, keys))
+    drawn = in_order(partial(_drawn, trial), planned, len(planned))
+    return [
+        Shown(
+            plan.title,
+            picture,
+            plan.caption,
+            tuple((plan.asset, partition, version) for partition, version in versions[plan.asset] if partition in plan.partitions),
+        )
+        for plan, picture in zip(planned, drawn, strict=True)
+    ]
 
 
-def _shown(
-    title: str, figure: Figure, caption: str, asset: str, versions: Mapping[str, Sequence[tuple[str, str]]], partitions: Sequence[str]
-) -> Shown:
-    inputs = tuple((asset, partition, version) for partition, version in versions[asset] if partition in partitions)
-    return Shown(title, figures.svg(figure), caption, inputs)
+@dataclass(frozen=True)
+class Planned:
+    """A figure still to be drawn: how, from which rows, of which partitions of an asset."""
+
+    title: str
+    draw: Callable[[pd.DataFrame, Trial], Figure]
+    rows: pd.DataFrame
+    caption: str
+    asset: str
+    partitions: tuple[str, ...]
+
+
+def _drawn(trial: Trial, plan: Planned) -> str:
+    return figures.svg(plan.draw(plan.rows, trial))
 
 
 def p_text(value: Any) -> str:

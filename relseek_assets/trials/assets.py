@@ -17,6 +17,7 @@ from relseek_assets.trial import Trial
 from relseek_assets.trials import covariates, estimates, fdr, frames, raw, steps, tables
 from relseek_assets.trials.frames import OutcomeFrame
 from relseek_assets.trials.raw import TrialFault
+from relseek_resources.processes import in_order
 from relseek_resources.storage import StorageError
 
 GROUP = "trials"
@@ -223,7 +224,7 @@ def by_outcome(
     keys = [str(key) for key in work.partitions]
     tasks = (task_of(work, trial, key, step, upstream, options(key), people) for key in keys)
     with work.progress(len(keys), "outcome") as done:
-        for partition, made in zip(work.partitions, steps.run(tasks, len(keys)), strict=True):
+        for partition, made in zip(work.partitions, in_order(steps.do, tasks, len(keys)), strict=True):
             if made.table is None:
                 yield work.nothing(partition, made.fault)
             else:

@@ -5,13 +5,11 @@ Here belongs what crosses between processes. What the steps compute belongs in `
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
-from joblib import Parallel, delayed
 
 from relseek_assets import figures, trial_figures
 from relseek_assets.mixed_models import MixedModelError
@@ -20,7 +18,6 @@ from relseek_assets.trials.frames import OutcomeFrame
 from relseek_assets.trials.models import Fit
 from relseek_assets.trials.raw import TrialFault
 
-FEWEST_FOR_PROCESSES = 6  # tasks; below it the start of a second process costs more than it saves
 CONTRASTED = ("full_continuous", "full_coarsened", "additive_continuous")
 
 Tables = Mapping[str, pd.DataFrame]
@@ -84,8 +81,6 @@ def _again(frame: OutcomeFrame, upstream: Tables, name: str) -> Fit:
     return estimates.fit_one(frame, estimates.specification_of(upstream["trial_forms"]), name, thetas.get(name))
 
 
-# --- running ----------------------------------------------------------------------------------------------------------
-
 _known: dict[tuple[Any, ...], OutcomeFrame] = {}
 
 
@@ -98,12 +93,3 @@ def do(task: Task | Made) -> Made:
         return task.step(frame, task.upstream, **task.options)
     except (TrialFault, MixedModelError) as fault:
         return Made(fault=str(fault))
-
-
-def run(tasks: Iterable[Task | Made], count: int) -> Iterator[Made]:
-    """Results in the order of the tasks, on every core where there are enough of them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if count < FEWEST_FOR_PROCESSES or cores == 1:
-        yield from map(do, tasks)
-        return
-    yield from Parallel(n_jobs=min(cores, count), return_as="generator", batch_size=1)(delayed(do)(task) for task in tasks)
