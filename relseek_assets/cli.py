@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,11 @@ from relseek_resources.models.loading import ModelError
 from relseek_resources.storage import StorageError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from relseek_assets.planning import Task, Workspace
+    from relseek_assets.trial import Trial
+    from relseek_assets.trials.registration import Ran
 
 
 def _explained(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,10 +39,11 @@ def _explained(function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*arguments: Any, **options: Any) -> Any:
         from relseek_assets.exchange import ExchangeError
         from relseek_assets.planning import PlanError
+        from relseek_assets.trials.raw import TrialFault
 
         try:
             return function(*arguments, **options)
-        except (StudyError, BehaviourError, StorageError, ModelError, PlanError, ExchangeError) as error:
+        except (StudyError, BehaviourError, StorageError, ModelError, PlanError, ExchangeError, TrialFault) as error:
             raise click.ClickException(str(error)) from error
 
     return wrapped
@@ -220,6 +225,166 @@ def report(study: str, output: Path | None) -> None:
             path = output if len(names) == 1 else output.with_name(f"{output.stem}_{name}{output.suffix}")
             write_text(path, text)
         click.echo(f"report: {path}")
+
+
+@main.group(cls=_Group)
+def trials() -> None:
+    """Trials: register a plan before its data, typeset estimates, and compare them with the plan or with what was published."""
+
+
+@trials.command(name="check")
+@click.argument("study")
+@click.option("--run", "compute", is_flag=True, help="Compute what is missing or stale first.")
+@click.option("--all", "every", is_flag=True, help="Print every number and not only those that differ.")
+@click.option("--format", "form", type=click.Choice(["text", "csv", "json"]), default="text", show_default=True)
+@_explained
+def check_trial(study: str, compute: bool, every: bool, form: str) -> None:
+    """Compare STUDY's tables with the published numbers, value by value; exit status 1 where one differs.
+
+    A number agrees up to the rounding of what was published, and is absent where the data that it needs are not there.
+    """
+    from relseek_assets.exchange import export
+    from relseek_assets.trials import published
+
+    workspace = _workspace(study)
+    trial = _trial(workspace.study)
+    stated = published.published(workspace.study.name, trial.folder(workspace.study.path))
+    computed = _computed(workspace, [name for name in stated["asset"].unique() if name in workspace.catalogue], compute, quiet=form != "text")
+    rows = dict(zip(computed["trial_tables"]["table"], computed["trial_tables"]["rows"], strict=True))
+    found = published.compare(stated, computed, published.incomplete_data(trial, rows, stated))
+    differing = found[found["verdict"] == published.DIFFERS]
+    shown = found if every else differing
+    if form == "text":
+        for table in (shown, published.reasons(found), published.summary(found)):
+            if len(table):
+                click.echo(table.to_string(index=False, na_rep="") + "\n")
+    else:
+        click.echo(export(shown, form), nl=False)
+    agree, differ, absent = ((found["verdict"] == verdict).sum() for verdict in (published.AGREES, published.DIFFERS, published.ABSENT))
+    click.echo(f"{workspace.study.name}: of {len(found)} published numbers {agree} agree, {differ} differ, {absent} are absent", err=form != "text")
+    if len(differing):
+        raise SystemExit(1)
+
+
+@trials.command(name="register")
+@click.argument("study")
+@click.option("--output", "-o", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Write here; a file that is there is kept.")
+@_explained
+def register_trial(study: str, output: Path) -> None:
+    """Write STUDY's plan down before its data: arms, outcomes, models, families, margins and seed, with a hash and the date."""
+    from datetime import UTC, datetime
+    from importlib.metadata import version
+
+    from relseek_assets.trials import registration
+    from relseek_resources.storage import write_text
+
+    found = load_study(study)
+    text = registration.register(found.name, found.seed, _trial(found), version("relseek"), datetime.now(UTC))
+    if output.exists():
+        raise click.UsageError(f"{output} is there already; a registration is kept as it is, so give another name")
+    write_text(output, text)
+    written = registration.read(output)
+    click.echo(f"{found.name}: {len(written.trial.keys)} outcomes registered in {output}\nsha256 {written.sha256}\nfingerprint {written.fingerprint}")
+
+
+@trials.command(name="registered")
+@click.argument("study")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--format", "form", type=click.Choice(["text", "csv", "json"]), default="text", show_default=True)
+@_explained
+def registered_trial(study: str, file: Path, form: str) -> None:
+    """Compare a registration with what STUDY declares now and with what was run; exit status 1 where something differs.
+
+    FILE is a registration that `relseek trials register` wrote; one that was edited is refused.
+    """
+    from relseek_assets.exchange import export
+    from relseek_assets.trials import registration
+
+    plan = registration.read(file)
+    workspace = _workspace(study)
+    ran = _ran(workspace)
+    found = registration.compared(plan, workspace.study.name, workspace.study.seed, _trial(workspace.study), ran)
+    if form != "text":
+        click.echo(export(found, form), nl=False)
+    elif len(found):
+        click.echo(found.to_string(index=False))
+    said = f"{len(found)} differences" if len(found) else "nothing differs"
+    beside = "" if ran else "; nothing has been run yet, so that only declarations were compared"
+    click.echo(f"{workspace.study.name}: registered {plan.at:%Y-%m-%d %H:%M} UTC, sha256 {plan.sha256}: {said}{beside}", err=form != "text")
+    if len(found):
+        raise SystemExit(1)
+
+
+@trials.command(name="tables")
+@click.argument("study")
+@click.option("--output", "-o", required=True, type=click.Path(file_okay=False, path_type=Path), help="The folder to write into.")
+@_explained
+def trial_tables(study: str, output: Path) -> None:
+    """Write STUDY's estimates as they stand in a paper: each table as CSV and as LaTeX, and `tables.tex`, which includes them all."""
+    from relseek_assets.trials import typeset
+    from relseek_resources.storage import write_text
+
+    workspace = _workspace(study)
+    trial = _trial(workspace.study)
+    names = ("trial_contrasts", "trial_fdr", "trial_forms", "trial_equivalence", "trial_robustness")
+    tables = typeset.typeset(trial, _stored(workspace, names))
+    if not tables:
+        raise click.ClickException(f"{workspace.study.name}: nothing has been estimated; `relseek run {study}` does it")
+    for table in tables:
+        write_text(output / f"{table.name}.csv", table.csv())
+        write_text(output / f"{table.name}.tex", table.latex())
+    write_text(output / "tables.tex", typeset.document(tables))
+    click.echo(f"{len(tables)} tables in {output}: {', '.join(table.name for table in tables)}\nall in one document: {output / 'tables.tex'}")
+
+
+def _stored(workspace: Workspace, names: Iterable[str]) -> dict[str, pd.DataFrame]:
+    """The named tables as stored, those of which nothing was computed left out."""
+    from relseek_assets.exchange import read_asset
+
+    there = [name for name in names if any(workspace.path(name, key).is_file() for key in workspace.partitions(name))]
+    return {name: read_asset(workspace, name) for name in there}
+
+
+def _ran(workspace: Workspace) -> Ran | None:
+    """What was run of a trial, or None where nothing was."""
+    from relseek_assets.stage import STATUS
+    from relseek_assets.trials.registration import Ran
+
+    tables = _stored(workspace, ("trial_forms", "trial_contrasts", "trial_equivalence", "trial_fdr"))
+    if "trial_contrasts" not in tables:
+        return None
+    lineage, key = workspace.lineage(), workspace.stage.key("trial_contrasts")
+    statuses = {}
+    for partition in workspace.partitions("trial_contrasts"):
+        record = lineage.record(key, partition)
+        if record is not None and workspace.path("trial_contrasts", partition).is_file():
+            found = record.event_log_entry.asset_materialization.metadata.get(STATUS)
+            statuses[str(partition)] = "" if found is None else str(found.value)
+    return Ran(statuses, **{name.removeprefix("trial_"): table for name, table in tables.items() if name != "trial_contrasts"})
+
+
+def _trial(study: Study) -> Trial:
+    if study.trial is None:
+        raise click.UsageError(f"study {study.name} is no trial; `relseek studies` says which are")
+    return study.trial
+
+
+def _computed(workspace: Workspace, names: list[str], compute: bool, quiet: bool) -> dict[str, pd.DataFrame]:
+    """The named tables as stored, all raw tables as one of their row counts; what is missing or stale is computed first if wanted."""
+    import pandas as pd
+
+    from relseek_assets.exchange import read_asset
+
+    workspace.observe()
+    tasks = workspace.plan(names)
+    if compute and tasks:
+        workspace.run(names, lambda line: click.echo(line, err=quiet))
+    elif tasks:
+        waiting = ", ".join(task.asset.name for task in tasks)
+        click.echo(f"missing or stale: {waiting}; `relseek trials check {workspace.study.name} --run` computes them first", err=True)
+    tables = [str(name) for name in workspace.partitions("trial_tables")]
+    rows = pd.DataFrame({"table": tables, "rows": [len(read_asset(workspace, "trial_tables", [table])) for table in tables]})
+    return {name: read_asset(workspace, name) for name in names if name != "trial_tables"} | {"trial_tables": rows}
 
 
 @main.command()

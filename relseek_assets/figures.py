@@ -31,11 +31,12 @@ STYLE: Any = {
     "legend.frameon": False,
 }
 DOSE = "multiplier λ"
+DPI = 110  # the resolution of the UI's side panel; figures are laid out at it too, or labels would be cut
 
 
 def blank(columns: int = 1, width: float = 5.4, height: float = 3.4) -> tuple[Figure, list[Axes]]:
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width * columns, height), layout="constrained")
+        figure = Figure(figsize=(width * columns, height), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         return figure, [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
 
@@ -45,7 +46,7 @@ def png(figure: Figure) -> str:
     stream = io.BytesIO()
     with mpl.rc_context(STYLE):
         _lay_out(figure)
-        figure.savefig(stream, format="png", dpi=110, metadata={"Software": None})
+        figure.savefig(stream, format="png", metadata={"Software": None})
     return base64.b64encode(stream.getvalue()).decode()
 
 

@@ -299,6 +299,8 @@ def _explain(fault: Any) -> str:
 
 
 def _section(parent: type[BaseModel], name: str) -> type[BaseModel]:
+    if name not in parent.model_fields:  # the user's own name for a table or a study
+        return parent
     annotation = parent.model_fields[name].annotation
     for candidate in (annotation, *getattr(annotation, "__args__", ())):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):

@@ -5,16 +5,18 @@ Here belong the settings, their checks and their defaults, for anybody's trial. 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from relseek_resources.storage import Column, TableSchema, content_version
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+CANONICAL = ("participant", "value", "dose", "category", "level", "item", "time", "baseline")  # columns of an outcome's rows (trials/frames.py)
 MOST_OUTCOMES = 99  # designs of one trial; a fan-in beyond it is not looked at by Dagster
 
 
@@ -33,6 +35,16 @@ class ColumnGroup(_Settings):
     choices: tuple[str, ...] = ()
     prefix: str = ""
 
+    @model_validator(mode="after")
+    def _checked(self) -> ColumnGroup:
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"{', '.join(self.names)}: low {self.low:g} is above high {self.high:g}; exchange them")
+        if self.choices and self.kind != "string":
+            raise ValueError(f"{', '.join(self.names)}: choices are for the kind 'string'; remove them, or give low and high")
+        if self.prefix and self.kind != "time":
+            raise ValueError(f"{', '.join(self.names)}: a prefix is for the kind 'time'; remove it, or make the kind 'time'")
+        return self
+
 
 class RawTable(_Settings):
     """One raw file: JSON Lines, CSV or parquet. Columns that are not declared are left out."""
@@ -44,12 +56,28 @@ class RawTable(_Settings):
     about: str = ""
     arms: Literal["own", "joined", "none"] = "own"  # joined: from `arms_table`; none: participants see several doses, or the file is of nobody
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for group in self.columns for name in group.names)
+
+    def kind_of(self, column: str) -> str:
+        """The declared kind of a column, empty where it is not declared."""
+        return next((group.kind for group in self.columns if column in group.names), "")
+
 
 class StudyColumn(_Settings):
     """Which trial a row belongs to: our name -> the value in the files. Without a column all rows are of one study."""
 
     column: str = ""
-    values: dict[str, str] = Field(min_length=1)
+    values: dict[str, str] = Field(default={"trial": "trial"}, min_length=1)
+
+    @model_validator(mode="after")
+    def _checked(self) -> StudyColumn:
+        if len(set(self.values.values())) < len(self.values):
+            raise ValueError(f"values: two studies have the same value in {list(self.values.values())}; keep one of each")
+        if len(self.values) > 1 and not self.column:
+            raise ValueError(f"column: missing; {', '.join(self.values)} cannot be told apart without a column that names the study of a row")
+        return self
 
 
 class Dose(_Settings):
@@ -63,6 +91,15 @@ class Dose(_Settings):
     long_label: str = "Relationship-Seeking"
     symbol: str = "λ"
 
+    @field_validator("values", mode="before")
+    @classmethod
+    def _numbers(cls, values: Any) -> Any:
+        doses = values.values() if isinstance(values, dict) else values if isinstance(values, list | tuple) else [values]
+        wrong = [dose for dose in doses if isinstance(dose, bool) or not isinstance(dose, int | float) or not math.isfinite(dose)]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is no dose; give numbers, or names of arms with their dose: {{ control = 0, treated = 1 }}")
+        return values
+
     @model_validator(mode="after")
     def _checked(self) -> Dose:
         if len(self.doses) < 2:
@@ -71,6 +108,9 @@ class Dose(_Settings):
             beyond = [dose for dose in getattr(self, name) if dose not in self.doses]
             if beyond:
                 raise ValueError(f"{name} names {beyond}, which are no doses of the trial; its doses are {list(self.doses)}")
+        both = sorted(set(self.low_doses) & set(self.high_doses))
+        if both:
+            raise ValueError(f"low and high both hold {both}; the primary contrast is between different doses")
         return self
 
     @property
@@ -79,12 +119,23 @@ class Dose(_Settings):
 
     @property
     def low_doses(self) -> tuple[float, ...]:
-        """The doses below zero, or the lowest where none is."""
-        return tuple(sorted(self.low)) or tuple(dose for dose in self.doses if dose < 0) or self.doses[:1]
+        """The doses below zero, or the lowest where none is; never the highest."""
+        return tuple(sorted(self.low)) or tuple(dose for dose in self.doses[:-1] if dose < 0) or self.doses[:1]
 
     @property
     def high_doses(self) -> tuple[float, ...]:
         return tuple(sorted(self.high)) or tuple(dose for dose in self.doses if dose > 0 and dose not in self.low_doses) or self.doses[-1:]
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """What low and high doses are called in labels: negative and positive where they are."""
+        return ("neg", "pos") if max(self.low_doses) < 0 < min(self.high_doses) else ("low", "high")
+
+    @property
+    def contrast(self) -> str:
+        """The label of the primary contrast."""
+        low, high = self.ends
+        return f"{self.label}: Avg({high.title()}) - Avg({low.title()})"
 
 
 class Factor(_Settings):
@@ -95,6 +146,14 @@ class Factor(_Settings):
     code: str = ""  # in the names of test types, the label by default
     levels: tuple[str, str]
     short: tuple[str, str] | None = None
+
+    @model_validator(mode="after")
+    def _checked(self) -> Factor:
+        if not NAME.fullmatch(self.column) or self.column in CANONICAL:
+            raise ValueError(f"column: {self.column!r} becomes part of formulas; use letters, digits and '_', and none of {', '.join(CANONICAL)}")
+        if self.levels[0] == self.levels[1]:
+            raise ValueError(f"levels: {self.column} has the level {self.levels[0]!r} twice; a factor has two different ones")
+        return self
 
     @property
     def test_code(self) -> str:
@@ -132,7 +191,17 @@ class Design(_Settings):
     def _checked(self) -> Design:
         if bool(self.time) != (self.endpoints is not None):
             raise ValueError("time and endpoints go together: the column, and its first and last value that contrasts compare")
+        if self.endpoints is not None and self.endpoints[0] >= self.endpoints[1]:
+            raise ValueError(f"endpoints: {list(self.endpoints)} do not rise; give the first time and then the last")
         return self
+
+    @property
+    def columns(self) -> dict[str, tuple[str, ...]]:
+        """Setting -> the columns of the outcome's table that it names."""
+        baseline = self.baseline or Baseline.model_construct()
+        found = {"where": tuple(self.where), "time": (self.time,) if self.time else ()}
+        own = (baseline.column,) if baseline.column else ()
+        return {**found, "baseline.column": own, "baseline.where": tuple(baseline.where), "baseline.by": baseline.by}
 
 
 class Outcome(_Settings):
@@ -142,6 +211,7 @@ class Outcome(_Settings):
     table: str
     items: tuple[str, ...] = Field(min_length=1)
     model: Literal["linear", "logit"] = "linear"
+    form: Literal["", "linear", "quadratic", "cubic"] = ""  # of the dose; chosen by comparison where it is not declared
     family: str = ""
     local_family: str = ""
     unit: str = ""
@@ -153,7 +223,18 @@ class Outcome(_Settings):
         if not NAME.fullmatch(self.name):
             raise ValueError(f"name: {self.name!r} becomes part of partition keys; use letters, digits and '_' only")
         if bool(self.family) != bool(self.local_family):
-            raise ValueError("family and local_family go together; give both or neither")
+            raise ValueError(f"{self.name}: family and local_family go together; give both or neither")
+        for name in (self.family, self.local_family):
+            if name and not NAME.fullmatch(name):
+                raise ValueError(f"{self.name}: the family {name!r} becomes a partition key; use letters, digits and '_' only")
+        if len(set(self.items)) < len(self.items):
+            raise ValueError(f"{self.name}: items hold one more than once; keep one of each")
+        for study, design in self.designs.items():
+            where = f"{self.name}: designs.{study}"
+            if self.model == "logit" and (design.time or len(self.items) > 1):
+                raise ValueError(f"{where}: a logit has one item, measured once; drop the time and other items, or make the model 'linear'")
+            if design.baseline is not None and design.baseline.column and len(self.items) > 1:
+                raise ValueError(f"{where}.baseline: a column is the baseline of one item; for several choose rows with baseline.where")
         return self
 
 
@@ -187,7 +268,7 @@ class Trial(_Settings):
     root: str = "."
     participant: str = "participant"
     arms_table: str = ""  # the table that gives the arms of participants in files without arm columns
-    study: StudyColumn
+    study: StudyColumn = StudyColumn()
     dose: Dose
     factors: tuple[Factor, ...] = Field(default=(), max_length=2)
     times: dict[str, str] = {}  # columns that hold a time in any file -> its prefix
@@ -208,24 +289,82 @@ class Trial(_Settings):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"outcomes: {repeated} are declared more than once; keep one of each")
-        for outcome in self.outcomes:
-            if outcome.table not in self.tables:
-                raise ValueError(
-                    f"outcomes: {outcome.name} reads the table {outcome.table!r}, which is not declared; tables are {', '.join(self.tables)}"
-                )
-            unknown = [study for study in outcome.designs if study not in self.study.values]
-            if unknown:
-                raise ValueError(f"outcomes: {outcome.name} has designs for {unknown}; the studies are {', '.join(self.study.values)}")
-        joined = [name for name, table in self.tables.items() if table.arms == "joined"]
-        if joined and not self.arms_table:
-            raise ValueError(f"tables.{joined[0]}: arms are joined, but no arms_table says from where; name the table that has them")
         wanted = [self.arms_table, *self.participants, self.robustness.weights.table if self.robustness.weights else ""]
         for name in wanted:
             if name and name not in self.tables:
                 raise ValueError(f"the table {name!r} is not declared; tables are {', '.join(self.tables)}")
+        self._check_factors()
+        for name, table in self.tables.items():
+            self._check_table(name, table)
+        for outcome in self.outcomes:
+            self._check_outcome(outcome)
+        self._check_robustness()
         if len(self.keys) > MOST_OUTCOMES or len(self.tables) > MOST_OUTCOMES:
             raise ValueError(f"{len(self.keys)} outcomes over {len(self.tables)} tables; a trial may have {MOST_OUTCOMES} of each")
         return self
+
+    def _check_factors(self) -> None:
+        for name in ("column", "label", "test_code"):
+            found = [getattr(factor, name) for factor in self.factors]
+            if len(set(found)) < len(found):
+                raise ValueError(f"factors: both have the {name.replace('_', ' ')} {found[0]!r}; give them different ones")
+
+    def _check_table(self, name: str, table: RawTable) -> None:
+        if table.arms == "joined":
+            if not self.arms_table:
+                raise ValueError(f"tables.{name}: arms are joined, but no arms_table says from where; name the table that has them")
+            if not table.participants or self.tables[self.arms_table].arms != "own" or not self.tables[self.arms_table].participants:
+                raise ValueError(
+                    f"tables.{name}: arms come from {self.arms_table} by participant; both need participants, and that one arms of its own"
+                )
+        columns = [column.name for column in self.table_schema(name).columns]
+        repeated = sorted({column for column in columns if columns.count(column) > 1})
+        if repeated:
+            raise ValueError(f"tables.{name}: columns hold {repeated} more than once, or name what relseek adds itself; keep one of each")
+        unknown = [column for column in table.key or () if column not in columns]
+        if unknown or (table.key is not None and not table.participants):
+            what = unknown or "rows of participants"
+            raise ValueError(f"tables.{name}: key names {what}, which the table does not have; it has {', '.join(columns)}")
+
+    def _check_outcome(self, outcome: Outcome) -> None:
+        if outcome.table not in self.tables:
+            raise ValueError(
+                f"outcomes: {outcome.name} reads the table {outcome.table!r}, which is not declared; tables are {', '.join(self.tables)}"
+            )
+        unknown = [study for study in outcome.designs if study not in self.study.values]
+        if unknown:
+            raise ValueError(f"outcomes: {outcome.name} has designs for {unknown}; the studies are {', '.join(self.study.values)}")
+        table = self.tables[outcome.table]
+        if not table.participants or table.arms == "none":
+            raise ValueError(f"outcomes: {outcome.name} reads {outcome.table}, which has no participants in arms; make its arms 'own' or 'joined'")
+        numbers = [name for name in table.names if table.kind_of(name) == "number"]
+        lacking = [item for item in outcome.items if item not in numbers]
+        if lacking:
+            raise ValueError(f"outcomes: {outcome.name} has the items {lacking}; the numbers that {outcome.table} declares are {', '.join(numbers)}")
+        known = [column.name for column in self.table_schema(outcome.table).columns] + [factor.column for factor in self.factors]
+        for study, design in outcome.designs.items():
+            for setting, names in design.columns.items():
+                lacking = [name for name in names if name not in known]
+                if lacking:
+                    place = f"outcomes: {outcome.name}, designs.{study}.{setting}"
+                    raise ValueError(f"{place} names {lacking}; the columns of {outcome.table} are {', '.join(known)}")
+            if design.weighted and self.robustness.weights is None:
+                raise ValueError(f"outcomes: {outcome.name}, designs.{study} is weighted; declare robustness.weights or drop weighted")
+
+    def _check_robustness(self) -> None:
+        weights = self.robustness.weights
+        if weights is not None and self.tables[weights.table].kind_of(weights.column) != "number":
+            numbers = [name for name in self.tables[weights.table].names if self.tables[weights.table].kind_of(name) == "number"]
+            raise ValueError(f"robustness.weights: {weights.table} declares no number {weights.column!r}; it has {', '.join(numbers)}")
+        if self.questionnaire:  # its covariates are coarsened from answers, so that they are no columns of a file
+            return
+        known = [name for table in self.participants for name in self.tables[table].names]
+        for name in (*self.robustness.demographics, *self.robustness.preferences):
+            if name not in known:
+                there = ", ".join(known) or "none: name tables in participants"
+                raise ValueError(f"robustness: the covariate {name!r} is in no table of participants; there is {there}")
+            if not NAME.fullmatch(name) or name in CANONICAL:
+                raise ValueError(f"robustness: the covariate {name!r} becomes part of formulas; use letters, digits and '_' in its name")
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -242,9 +381,20 @@ class Trial(_Settings):
         return found
 
     @property
+    def plan(self) -> dict[str, Any]:
+        """Everything declared that decides about results, with the doses of the primary contrast spelt out.
+
+        Where files lie and what is said about them is left out. JSON-able, without nulls, and a valid `[trial]` by itself.
+        """
+        unsaid: Any = {"root": True, "tables": {name: {"about"} for name in self.tables}}
+        found = self.model_dump(mode="json", exclude_none=True, exclude=unsaid)
+        found["dose"] |= {"low": list(self.dose.low_doses), "high": list(self.dose.high_doses)}
+        return found
+
+    @property
     def fingerprint(self) -> str:
-        """A hash of everything declared, to be written down before the data."""
-        return content_version(self.model_dump(mode="json"))
+        """A hash of the plan, to be written down before the data."""
+        return content_version(self.plan)
 
     def outcome(self, name: str) -> Outcome:
         return next(outcome for outcome in self.outcomes if outcome.name == name)

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from relseek_assets.figures import COLOURS, MARKERS, STYLE, blank
+from relseek_assets.figures import COLOURS, DPI, MARKERS, STYLE, blank
 from relseek_assets.trial import Trial
 
 Draw = Callable[[Axes, pd.DataFrame, Trial], None]
@@ -37,7 +37,7 @@ def panels(table: pd.DataFrame, draw: Draw, trial: Trial, width: float = 3.4, he
     outcomes = list(dict.fromkeys(table["outcome"]))
     rows = math.ceil(len(outcomes) / 3)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width * min(3, len(outcomes)), height * rows), layout="constrained")
+        figure = Figure(figsize=(width * min(3, len(outcomes)), height * rows), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         for place, outcome in enumerate(outcomes):
             axes = figure.add_subplot(rows, min(3, len(outcomes)), place + 1)
@@ -126,7 +126,7 @@ def forest(table: pd.DataFrame, trial: Trial) -> Figure:
         axes.set_yticks(
             range(len(labels)), [f"{_name(outcome)}, {study.replace('_', ' ')}" for outcome, study in labels] if axes is panels[0] else []
         )
-        axes.set(ylim=(len(labels) - 0.5, -0.5), xlabel="difference (outcome's unit)", title=str(part["contrast"].iloc[0]))
+        axes.set(ylim=(len(labels) - 0.5, -0.5), xlabel="difference (outcome's unit)", title=str(part["contrast"].iloc[0]).replace(": ", "\n"))
         axes.title.set_fontsize(8)
     panels[-1].text(0.99, 0.02, "filled: adjusted p < 0.05", transform=panels[-1].transAxes, ha="right", fontsize=7, alpha=0.7)
     return figure

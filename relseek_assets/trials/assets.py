@@ -16,6 +16,7 @@ from relseek_assets.stage import Stage, Work, plot
 from relseek_assets.trial import Trial
 from relseek_assets.trials import covariates, estimates, fdr, frames, raw, steps, tables
 from relseek_assets.trials.frames import OutcomeFrame
+from relseek_assets.trials.instruments import INSTRUMENTS, SCHEMA, Instrument
 from relseek_assets.trials.raw import TrialFault
 from relseek_resources.processes import in_order
 from relseek_resources.storage import StorageError
@@ -204,6 +205,38 @@ def build(stage: Stage) -> None:
             }
 
         yield from by_outcome(work, steps.robustness, "trial_forms", "trial_fits", options=options, people=people)
+
+
+    for name in trial.analyses:
+        published_instrument(stage, trial, INSTRUMENTS[name])
+
+
+def published_instrument(stage: Stage, trial: Trial, instrument: Instrument) -> None:
+    """An analysis of the published instruments as an asset; parts whose files are absent say so in their row."""
+    declared = tuple(name for name in instrument.tables if name in trial.tables)
+
+    def body(work: Work) -> Iterator[dg.AssetMaterialization]:
+        statuses = {name: work.status("trial_tables", name) for name in declared}
+        there = tuple(name for name, status in statuses.items() if not status)
+        people = work.read_table("trial_participants") if trial.participants else None
+        table = instrument.table(trial, read_tables(work, there), people if people is not None and len(people) else None)
+        figures = {f"plot_{title}": plot(figure) for title, figure in instrument.figures(table, trial).items()}
+        faults = "; ".join(status for status in statuses.values() if status)
+        yield work.table(None, table, {**figures, "left_out": faults or "nothing"})
+
+    body.__name__ = instrument.name
+    stage.asset(
+        group=GROUP,
+        version="1",
+        description=instrument.description,
+        deps={
+            "trial_tables": stage.partitions.of_tables(*declared),
+            **({"trial_participants": None} if trial.participants else {}),
+        },
+        settings=[trial.study.values, declared],
+        schema=SCHEMA,
+        seconds=instrument.seconds,
+    )(body)
 
 
 def by_outcome(

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from relseek_assets import mixed_models
+from relseek_assets.trials.raw import TrialFault
 
 #: Composite and the prefix of its items; willingness to pay (wtp:) is in pounds and no part of preference.
 COMPOSITES = {"coherence": "coherence:", "relationship-seeking": "steerability:", "preference": "preference:"}
@@ -19,7 +20,7 @@ MODES = ("pre-populated", "dynamic")
 REPORTED = "truncated quadratic"
 
 
-class CalibrationError(ValueError):
+class CalibrationError(TrialFault):
     """Calibration ratings that lack a column or hold an unknown conversation mode."""
 
 

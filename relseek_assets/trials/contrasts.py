@@ -51,7 +51,7 @@ def _reference_points(frame: OutcomeFrame, coarsened: bool, doses: tuple[float, 
     if coarsened:
         axes["category"] = list(rows["category"].cat.categories)
     else:
-        axes["dose"] = [*(doses or frame.doses), float(rows["dose"].mean())]
+        axes["dose"] = list(dict.fromkeys([*(doses or frame.doses), float(rows["dose"].mean())]))  # a mean that is a dose must not count twice
     for factor in frame.factors:
         axes[factor.column] = list(factor.levels)
     if frame.pooled:
@@ -172,7 +172,7 @@ def _declared(frame: OutcomeFrame, grid: ReferenceGrid, coarsened: bool) -> Iter
         return grid.mean(high, **at) - grid.mean(low, **at)
 
     for variant, (bottom, top) in mine.items():
-        yield Contrast(f"main_effect_{dose.label}", f"{dose.label}: Avg(Pos) - Avg(Neg)", variant, grid.mean(top) - grid.mean(bottom))
+        yield Contrast(f"main_effect_{dose.label}", dose.contrast, variant, grid.mean(top) - grid.mean(bottom))
     for factor in frame.factors:
         first, second = factor.levels
         difference = grid.mean(**{factor.column: second}) - grid.mean(**{factor.column: first})
@@ -211,7 +211,7 @@ def _slopes(
 ) -> Iterator[Contrast]:
     """Change for each unit of time at ends of the dose and levels of the factors, in every crossing."""
     start, end = frame.endpoints
-    symbol = frame.trial.dose.symbol
+    names_of_ends = [f"{end}_{frame.trial.dose.symbol}" for end in frame.trial.dose.ends]
 
     def slope(dose: object, at: Mapping[str, object]) -> np.ndarray:
         return (grid.mean(dose, time=end, **at) - grid.mean(dose, time=start, **at)) / (end - start)
@@ -224,7 +224,7 @@ def _slopes(
                 if size:
                     yield Contrast("temporal_slope", f"Slope: {' × '.join(names)}", main, slope(None, at))
                 for variant, ends in variants.items():
-                    for name, dose in zip((f"neg_{symbol}", f"pos_{symbol}"), ends, strict=True):
+                    for name, dose in zip(names_of_ends, ends, strict=True):
                         yield Contrast("temporal_slope", f"Slope: {' × '.join([name, *names])}", variant, slope(dose, at))
 
 

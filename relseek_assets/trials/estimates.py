@@ -123,7 +123,7 @@ def equivalence_table(table: pd.DataFrame, margin: float) -> pd.DataFrame:
 
     Schuirmann (1987); p is the larger of the two, and the interval is the 90% one that the test goes with.
     """
-    found = table[table["variant"].eq(PRIMARY) & table["test_type"].str.startswith("main_effect")].reset_index(drop=True)
+    found = table[table["variant"].eq(PRIMARY) & table["test_type"].str.startswith("main_effect") & table["estimate"].notna()].reset_index(drop=True)
     df = found["df"].fillna(np.inf)
     above, below = (found["estimate"] + margin) / found["se"], (margin - found["estimate"]) / found["se"]
     half = stats.t.ppf(0.95, df) * found["se"]

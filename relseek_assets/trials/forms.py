@@ -1,7 +1,7 @@
 """What decides the specification of an outcome: whether pooled items differ in their effects, and which polynomial of the dose fits.
 
 The published choice is by a performance score over RMSE and weights of information criteria, the paper's text says AIC: both are
-reported (spec/human_study.md, sections 2.1 and 2.2).
+reported (spec/human_study.md, sections 2.1 and 2.2). A polynomial that the trial declares is used whatever the comparison says.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from scipy import stats
 from relseek_assets.trials import formulas, models
 from relseek_assets.trials.formulas import Form
 from relseek_assets.trials.frames import OutcomeFrame
+from relseek_assets.trials.raw import TrialFault
 
 HETEROGENEOUS_BELOW = 0.05
 
 
 @dataclass(frozen=True)
 class Specification:
-    """The specification of an outcome: the polynomial by the published rule, by AIC, and whether items keep their own effects."""
+    """The specification of an outcome: the polynomial declared or chosen by the published rule, by AIC, and whether items keep their own effects."""
 
     form: Form
     form_by_aic: Form
@@ -67,7 +68,10 @@ def specify(frame: OutcomeFrame) -> Specification:
     best = int(comparison["score"].round(10).to_numpy().argmax())  # ties go to the simplest
     by_aic = int(comparison["aic"].to_numpy().argmin())
     names: list[Form] = list(formulas.polynomials(frame))
-    return Specification(names[best], names[by_aic], differ, test, comparison)
+    declared = frame.outcome.form
+    if declared and declared not in names:
+        raise TrialFault(f"{frame.key}: the form {declared} is declared, and {len(frame.doses)} doses allow {', '.join(names)}; declare one of them")
+    return Specification(declared or names[best], names[by_aic], differ, test, comparison)
 
 
 def performance_score(comparison: pd.DataFrame) -> np.ndarray:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from relseek_assets.trial import Baseline, Factor, Outcome, Trial
+from relseek_assets.trial import Baseline, Design, Factor, Outcome, Trial
 from relseek_assets.trials.raw import TrialFault
 
 LOW, MIDDLE, HIGH = "low", "middle", "high"
@@ -72,28 +72,28 @@ def outcome_frame(trial: Trial, key: str, tables: Mapping[str, pd.DataFrame]) ->
         tables: raw tables by name, the outcome's own and the arms table where the outcome's has no arms.
 
     Raises:
-        TrialFault: no row is left, an item without a value, a constant outcome, too few participants.
+        TrialFault: arms or times that are missing, two values where one is due, no row left, an item without
+            a value, a constant outcome, too few participants, no arm at one end of the primary contrast.
     """
     study, outcome, design = trial.of_key(key)
     raw = tables[outcome.table]
     if trial.tables[outcome.table].arms == "joined":
         raw = _with_arms(trial, raw, tables[trial.arms_table], key)
+    _in_arms(trial, outcome, raw, key)
     raw = raw[raw["study"].eq(study)]
     rows = _chosen(raw, design.where, key)
     empty = [item for item in outcome.items if rows[item].isna().all()]
     if empty:
         raise TrialFault(f"{key}: {', '.join(empty)} holds no value in {len(rows)} rows; correct the file or drop the item")
     keep = ["participant", "dose", *(factor.column for factor in trial.factors), *([design.time] if design.time else [])]
-    by = list(design.baseline.by) if design.baseline else []
-    melted = rows[[*dict.fromkeys([*keep, *by]), *outcome.items]].melt(
-        id_vars=list(dict.fromkeys([*keep, *by])), value_vars=list(outcome.items), var_name="item", value_name="value"
-    )
+    melted = _by_item(rows, [*keep, *(design.baseline.by if design.baseline else ())], outcome, "value")
     if design.baseline is not None:
         melted["baseline"] = _baseline(design.baseline, rows, raw, melted, outcome)
-    melted = melted.dropna(subset=["value", "dose", *(["baseline"] if design.baseline else []), *([design.time] if design.time else [])])
+    melted = melted.dropna(subset=["value", "dose", *(["baseline"] if design.baseline else [])])
+    _placed(trial, design, melted, key)
     frame = _canonical(trial, outcome, melted, design.time)
     factors = tuple(factor for factor in trial.factors if frame[factor.column].nunique() > 1)
-    _estimable(frame, outcome, key)
+    _estimable(frame, trial, outcome, design, key)
     return OutcomeFrame(study, outcome, trial, frame.reset_index(drop=True), factors)
 
 
@@ -118,15 +118,56 @@ def _with_arms(trial: Trial, raw: pd.DataFrame, arms: pd.DataFrame, key: str) ->
     return joined
 
 
+def _in_arms(trial: Trial, outcome: Outcome, raw: pd.DataFrame, key: str) -> None:
+    """Refuse a file whose rows are of no study or of no arm at all."""
+    own = {"study": trial.study.column, "dose": trial.dose.column, **{factor.column: factor.column for factor in trial.factors}}
+    empty = [of_file for name, of_file in own.items() if raw[name].isna().all()]
+    if empty:
+        file = trial.tables[outcome.table].file
+        raise TrialFault(f'{key}: {file} has no value of {", ".join(empty)}; correct it, or set tables.{outcome.table}.arms = "joined"')
+
+
+def _placed(trial: Trial, design: Design, melted: pd.DataFrame, key: str) -> None:
+    """Refuse values that belong to no time or level, and two values of a participant where one is due."""
+    for name in [*([design.time] if design.time else []), *(factor.column for factor in trial.factors if melted[factor.column].notna().any())]:
+        lost = melted[name].isna()
+        if lost.any():
+            who = melted["participant"][lost].iloc[0]
+            raise TrialFault(f"{key}: {int(lost.sum())} values have no {name}, the first of participant {who}; add it to the file or remove them")
+    twice = melted.duplicated(["participant", "item", *([design.time] if design.time else [])])
+    if twice.any():
+        row = melted[twice].iloc[0]
+        when = f" in {design.time} {row[design.time]}" if design.time else ""
+        raise TrialFault(
+            f"{key}: participant {row['participant']} has two values of {row['item']}{when}; keep one, or name a time or where in the design"
+        )
+
+
 def _chosen(raw: pd.DataFrame, where: Mapping[str, str], key: str) -> pd.DataFrame:
     rows = raw
     for column, value in where.items():
-        if column not in rows:
-            raise TrialFault(f"{key}: where names {column!r}, which the table does not have")
-        rows = rows[rows[column].astype(str).eq(value)]
+        rows = rows[_equal(rows[column], value)]
     if rows.empty:
-        raise TrialFault(f"{key}: no rows" + (f" where {dict(where)}" if where else " of this study"))
+        raise TrialFault(
+            f"{key}: no rows"
+            + (f" where {dict(where)}" if where else f" of the study {key.split(':')[0]}")
+            + "; correct the file, or the design in the study file"
+        )
     return rows
+
+
+def _equal(values: pd.Series, text: str) -> pd.Series:
+    """Which values a text of the declaration means: numbers whatever their decimals, truth values in any case."""
+    if pd.api.types.is_numeric_dtype(values):
+        return values.eq(pd.to_numeric(text, errors="coerce")).fillna(False).astype(bool)
+    truth = values.map(lambda value: isinstance(value, bool))
+    return values.astype(str).eq(text) | truth & values.astype(str).str.lower().eq(text.lower())
+
+
+def _by_item(rows: pd.DataFrame, columns: list[str], outcome: Outcome, name: str) -> pd.DataFrame:
+    """One row a row and item: the columns, `item`, and the item's value under `name`. Items may have any names, also these two."""
+    head = rows[list(dict.fromkeys(columns))]
+    return pd.concat([head.assign(**{"item": item, name: rows[item]}) for item in outcome.items], ignore_index=True)
 
 
 def _baseline(baseline: Baseline, rows: pd.DataFrame, raw: pd.DataFrame, melted: pd.DataFrame, outcome: Outcome) -> np.ndarray:
@@ -136,8 +177,8 @@ def _baseline(baseline: Baseline, rows: pd.DataFrame, raw: pd.DataFrame, melted:
     else:
         earlier = raw
         for column, value in baseline.where.items():
-            earlier = earlier[earlier[column].astype(str).eq(value)]
-        before = earlier[[*keys, *outcome.items]].melt(id_vars=keys, value_vars=list(outcome.items), var_name="item", value_name="baseline")
+            earlier = earlier[_equal(earlier[column], value)]
+        before = _by_item(earlier, keys, outcome, "baseline")
     before = before.dropna(subset=["baseline"])
     if before.duplicated([*keys, "item"]).any():
         who = before[before.duplicated([*keys, "item"])]["participant"].iloc[0]
@@ -164,12 +205,23 @@ def _canonical(trial: Trial, outcome: Outcome, melted: pd.DataFrame, time: str) 
     return frame
 
 
-def _estimable(frame: pd.DataFrame, outcome: Outcome, key: str) -> None:
+def _estimable(frame: pd.DataFrame, trial: Trial, outcome: Outcome, design: Design, key: str) -> None:
     if frame["participant"].nunique() < FEWEST_PARTICIPANTS:
         raise TrialFault(f"{key}: {frame['participant'].nunique()} participants have values; at least {FEWEST_PARTICIPANTS} are needed")
     if frame["value"].nunique() == 1:
-        raise TrialFault(f"{key}: every value is {frame['value'].iloc[0]:g}; a constant outcome has no effect to estimate")
-    if frame["category"].nunique() < 2 or len(frame["level"].unique()) < 2:
-        raise TrialFault(f"{key}: all rows are of one dose; there is nothing to compare")
+        raise TrialFault(f"{key}: every value is {frame['value'].iloc[0]:g}; a constant outcome has no effect to estimate, so leave it out")
+    if frame["level"].nunique() < 2:
+        raise TrialFault(f"{key}: all rows are of the dose {frame['dose'].iloc[0]:g}; there is nothing to compare, so remove this design")
+    for end, doses in (("low", trial.dose.low_doses), ("high", trial.dose.high_doses)):
+        if not frame["dose"].isin(doses).any():
+            named = ", ".join(f"{dose:g}" for dose in doses)
+            raise TrialFault(f"{key}: nobody has a dose of the {end} end ({named}) of the primary contrast; name doses of this study in dose.{end}")
+    absent = [time for time in design.endpoints or () if not frame["time"].eq(time).any()]
+    if absent:
+        spans = f"{frame['time'].min():g} to {frame['time'].max():g}"
+        raise TrialFault(f"{key}: no value at {design.time} {absent[0]}, an endpoint of the design; the rows span {spans}, so correct endpoints")
     if outcome.model == "logit" and not set(frame["value"].unique()) <= {0.0, 1.0}:
-        raise TrialFault(f"{key}: a logit outcome holds 0 and 1 only, found {sorted(set(frame['value'].unique()) - {0.0, 1.0})[:3]}")
+        found = sorted(set(frame["value"].unique()) - {0.0, 1.0})[:3]
+        raise TrialFault(
+            f"{key}: a logit outcome holds 0 and 1 only, found {', '.join(f'{value:g}' for value in found)}; make it linear, or recode it"
+        )

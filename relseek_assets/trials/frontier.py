@@ -13,14 +13,17 @@ import pandas as pd
 from scipy import stats
 
 from relseek_assets import mixed_models
+from relseek_assets.trials.raw import TrialFault
 
 SCORE_COLUMNS = ("model_name", "provider", "entry_id", "score", "released")
 DAYS_PER_YEAR = 365.25
+#: The catalogue lists it by a later day than that of its release (section 15).
+RELEASED = {"openai/gpt-3.5-turbo": "2023-03-01"}
 LEVEL = 0.95
 BOOTSTRAP_DRAWS = 10_000
 
 
-class FrontierError(ValueError):
+class FrontierError(TrialFault):
     """Scores that no trend or dose can be estimated from."""
 
 
@@ -42,6 +45,21 @@ class DoseEquivalent:
     models: int
     n: int
     draws: int
+
+
+def with_releases(responses: pd.DataFrame, catalogue: pd.DataFrame) -> pd.DataFrame:
+    """The columns of `SCORE_COLUMNS`: responses with their model's release date, missing where the catalogue does not list it.
+
+    `responses` has model_id (provider/model), entry_id and relationship_score; `catalogue` id and created_timestamp (s, UTC).
+    """
+    catalogue = catalogue.drop_duplicates("id").set_index("id")
+    released = pd.to_datetime(catalogue["created_timestamp"].astype(float), unit="s")
+    for model, day in RELEASED.items():
+        if model in released.index:
+            released[model] = pd.Timestamp(day)
+    models = responses["model_id"]
+    columns = (models, models.str.split("/").str[0], responses["entry_id"], responses["relationship_score"], models.map(released))
+    return pd.DataFrame(dict(zip(SCORE_COLUMNS, columns, strict=True)))
 
 
 def panel(scores: pd.DataFrame) -> pd.DataFrame:

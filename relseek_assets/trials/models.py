@@ -28,7 +28,8 @@ from relseek_assets.trials.raw import TrialFault
 
 ESTIMATES = ("estimate", "se", "df", "statistic", "p", "lower", "upper")
 ALIASED = 1e-7  # R's tolerance for a column that others explain
-SEPARATED = 25.0  # a fitted log-odds beyond it means that the likelihood has no maximum
+EXTREME_PROBABILITY = 1e-6  # a separated fit stops far beyond it
+SOLVER_TOLERANCE = 1e-7  # of the linear programme that looks for separation
 
 
 class SeparationFault(TrialFault):
@@ -131,6 +132,19 @@ def independent_columns(X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.array(kept), np.array(null).T.reshape(X.shape[1], len(null))
 
 
+def separating_direction(X: np.ndarray, y: np.ndarray) -> np.ndarray | None:
+    """A direction d with (2y - 1) X d >= 0 in every row and > 0 in some, or None: separation, complete or quasi-complete.
+
+    X: (n, p) of full rank. y: (n,), 0 or 1. By the linear programme of Konis (2007, section 4.4).
+    """
+    signed = (2 * y - 1)[:, None] * X
+    scale = np.abs(X).max(axis=0)
+    found = optimize.linprog(-(signed / scale).sum(axis=0), A_ub=-(signed / scale), b_ub=np.zeros(len(y)), bounds=(-1, 1), method="highs")
+    if found.status != 0 or -found.fun < SOLVER_TOLERANCE:
+        return None
+    return np.where(np.abs(found.x) < SOLVER_TOLERANCE, 0.0, found.x) / scale
+
+
 class Fit(Protocol):
     """What every model of an outcome answers."""
 
@@ -170,6 +184,8 @@ def _table(estimate: np.ndarray, se: np.ndarray, df: np.ndarray | float) -> pd.D
 def information_criteria(fit: Fit) -> tuple[float, float, float]:
     """(AIC, AICc, BIC) of a model fitted by maximum likelihood."""
     k, n = fit.parameters, fit.n
+    if n <= k + 1:
+        raise TrialFault(f"{n} rows for {k} parameters; too few to compare polynomials, so collect more or declare fewer factors")
     aic = 2 * k - 2 * fit.log_likelihood
     return aic, aic + 2 * k * (k + 1) / (n - k - 1), k * np.log(n) - 2 * fit.log_likelihood
 
@@ -354,14 +370,14 @@ def fit(
         start: θ of an earlier fit of the same model, or of one close to it.
 
     Raises:
-        TrialFault: fewer rows than coefficients, or a logit that separates perfectly.
+        TrialFault: fewer rows than coefficients, a logit that separates perfectly, or a mixed model that the rows do not carry.
     """
     analysed = np.ones(len(frame.rows), dtype=bool) if analysed is None else analysed
     design = Design.of(terms, frame, analysed)
     y = frame.rows["value"].to_numpy(float)[analysed]
     weights = None if weights is None else weights[analysed]
     if len(y) <= len(design.names):
-        raise TrialFault(f"{frame.key}: {len(y)} rows for {len(design.names)} coefficients")
+        raise TrialFault(f"{frame.key}: {len(y)} rows for {len(design.names)} coefficients; it takes more participants, or fewer factors and doses")
     if frame.repeated:
         return _mixed(frame, design, y, analysed, reml=reml, weights=weights, start=start)
     if frame.outcome.model == "logit":
@@ -385,7 +401,11 @@ def _mixed(
     Z = np.column_stack([ones, frame.rows["time"].to_numpy(float)[analysed]]) if frame.timed else ones[:, None]
     names = ("(Intercept)", "time") if frame.timed else ("(Intercept)",)
     term = mixed_models.RandomTerm(codes, Z, names, "participant")
-    return MixedModelFit(design, mixed_models.fit_matrices(y, design.X, design.names, [term], reml=reml, weights=weights, start=start), Z)
+    try:
+        result = mixed_models.fit_matrices(y, design.X, design.names, [term], reml=reml, weights=weights, start=start)
+    except mixed_models.MixedModelError as error:
+        raise TrialFault(f"{frame.key}: {error}") from error
+    return MixedModelFit(design, result, Z)
 
 
 def _column_major(effects: int) -> tuple[np.ndarray, np.ndarray]:
@@ -399,7 +419,10 @@ def _logit(frame: OutcomeFrame, design: Design, y: np.ndarray, weights: np.ndarr
         warnings.simplefilter("ignore")  # separation is looked for below, and said in our words
         model = GLM(y, design.X, family=Binomial(), var_weights=weights)
         result = model.fit(tol=1e-12, maxiter=60, scale="X2" if weights is not None else None)
-    if np.abs(design.X @ np.asarray(result.params)).max() > SEPARATED:
-        worst = design.names[int(np.argmax(np.abs(np.asarray(result.params)) * np.abs(design.X).max(axis=0)))]
-        raise SeparationFault(f"{frame.key}: perfect separation ({worst}); a logit has no finite estimate here")
+    means = np.asarray(result.fittedvalues)
+    inside = (means > EXTREME_PROBABILITY) & (means < 1 - EXTREME_PROBABILITY)
+    direction = None if inside.all() else separating_direction(design.X, y)
+    if direction is not None:
+        names = ", ".join(np.array(design.names)[direction != 0])
+        raise SeparationFault(f"{frame.key}: perfect separation ({names}): a logit has no finite estimate; make the outcome linear or drop a factor")
     return LogitFit(design, y, result, weights is not None)

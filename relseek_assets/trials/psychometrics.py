@@ -17,12 +17,13 @@ from sklearn.metrics import calinski_harabasz_score, silhouette_score
 
 from relseek_assets.trials import factor_analysis
 from relseek_assets.trials.factor_analysis import FactorFit
+from relseek_assets.trials.raw import TrialFault
 
 PSYCHOSOCIAL_FILE = "psychosocial.jsonl"
 ATTITUDES_FILE = "anthro_attitudes.jsonl"
 
 
-class QuestionnaireError(ValueError):
+class QuestionnaireError(TrialFault):
     """A questionnaire's table lacks a column or holds an answer that its coding does not know."""
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, special
 
+from relseek_assets.trials.raw import TrialFault
+
 POSITIONS = ("A", "B", "C", "D")
 SUBTASK = "multi-chat"
 PSEUDO_RANKINGS = 0.5  # default of R's PlackettLuce
@@ -20,7 +22,7 @@ BOOTSTRAP_DRAWS = 1000
 LEVEL = 0.95
 
 
-class RankingError(ValueError):
+class RankingError(TrialFault):
     """Rankings that no worth can be estimated from."""
 
 

@@ -5,6 +5,7 @@ Here belong reading and its checks. What is estimated from the tables belongs el
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ import pandas as pd
 
 from relseek_assets.trial import Trial, parsed_time
 from relseek_resources.storage import StorageError, read_jsonl
+
+ITEMS = ("item", "answer")
+
+EMPTY = ("", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "null", "NULL", "None", "#N/A")  # what CSV files write where there is nothing
 
 
 class TrialFault(ValueError):
@@ -41,14 +46,20 @@ def raw_path(trial: Trial, name: str, study_file: Path) -> Path:
 def read_table(trial: Trial, name: str, path: Path) -> pd.DataFrame:
     """One raw file with the columns of `trial.table_schema(name)`.
 
+    A table that declares nothing but `item` and `answer` takes a file with a column an item, named `category:item`: a row an answer.
+
     Raises:
-        TrialFault: no such column, an unknown study or arm, a participant in two arms, a time without a number.
+        TrialFault: no row, no such column, an unknown study or arm, a participant in two arms, a time without a number,
+            a value of another kind.
     """
-    rows = _rows(path)
+    rows = _rows(path, _words(trial, name))
     if rows.empty:
-        raise TrialFault(f"{path}: no rows")
+        raise TrialFault(f"{path}: no rows; fetch the file again, or remove tables.{name} from the study file")
     declared = trial.tables[name]
-    wanted = [*([trial.participant] if declared.participants else []), *(column for group in declared.columns for column in group.names)]
+    columns = [column for group in declared.columns for column in group.names]
+    if columns == list(ITEMS) and not set(ITEMS) & set(rows.columns):
+        rows = _by_item(rows, path)
+    wanted = [*([trial.participant] if declared.participants else []), *columns]
     missing = [column for column in wanted if column not in rows]
     if missing:
         raise TrialFault(f"{path}: lacks the columns {', '.join(missing)}; correct the file, or tables.{name} in the study file")
@@ -72,18 +83,48 @@ def read_table(trial: Trial, name: str, path: Path) -> pd.DataFrame:
     return frame
 
 
-def _rows(path: Path) -> pd.DataFrame:
+def _words(trial: Trial, name: str) -> set[str]:
+    """Texts that the declaration gives a meaning: an arm may be called `None`."""
+    arms = list(trial.dose.values) if isinstance(trial.dose.values, dict) else []
+    levels = [level for factor in trial.factors for level in factor.levels]
+    choices = [choice for group in trial.tables[name].columns for choice in group.choices]
+    return {*arms, *levels, *choices, *trial.study.values.values()}
+
+
+def _rows(path: Path, words: set[str]) -> pd.DataFrame:
     try:
         if path.suffix == ".parquet":
             return pd.read_parquet(path)
         if path.suffix == ".csv":
-            return pd.read_csv(path, dtype=object, keep_default_na=True)
+            return pd.read_csv(path, dtype=object, keep_default_na=False, na_values=[text for text in EMPTY if text not in words])
+        if path.suffix == ".json":
+            return _nested(path)
     except (OSError, ValueError) as error:
         raise TrialFault(f"{path}: cannot be read ({error})") from error
     try:
         return pd.DataFrame([row for _, row in read_jsonl(path)], dtype=object)
     except StorageError as error:
         raise TrialFault(str(error)) from error
+
+
+def _nested(path: Path) -> pd.DataFrame:
+    """A JSON object of lists of objects as rows; the name of a row's list is in the column `group`.
+
+    Raises:
+        ValueError: no JSON, or another shape.
+    """
+    lists = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(lists, dict) or not all(isinstance(rows, list) and all(isinstance(row, dict) for row in rows) for rows in lists.values()):
+        raise ValueError("a .json file is one object whose values are lists of objects; use .jsonl for rows")
+    return pd.DataFrame([{**row, "group": group} for group, rows in lists.items() for row in rows], dtype=object)
+
+
+def _by_item(rows: pd.DataFrame, path: Path) -> pd.DataFrame:
+    items = [column for column in rows.columns if ":" in column]
+    if not items:
+        raise TrialFault(f"{path}: no column is named category:item; correct the file, or declare its columns")
+    others = [column for column in rows.columns if column not in items]
+    return rows.melt(others, items, *ITEMS).astype(object)
 
 
 def _text(value: Any) -> str | None:
@@ -95,7 +136,7 @@ def _values(values: pd.Series, kind: str, column: str, path: Path) -> pd.Series:
         return values.astype(object).map(_text).astype(object)
     if kind == "boolean":
         known = {True: True, False: False, "True": True, "False": False, "true": True, "false": False}
-        found = values.astype(object).map(lambda value: None if _text(value) is None else known.get(value))
+        found = values.astype(object).map(lambda value: None if _text(value) is None or isinstance(value, list | dict) else known.get(value))
         wrong = found.isna() & values.notna()
         if wrong.any():
             raise TrialFault(f"{path}: {column} holds {values[wrong].iloc[0]!r}, which is neither true nor false")
@@ -113,7 +154,7 @@ def _studies(trial: Trial, rows: pd.DataFrame, path: Path) -> pd.Series:
     if trial.study.column not in rows:
         return pd.Series(None, index=rows.index, dtype=object)
     names = {raw: ours for ours, raw in trial.study.values.items()}
-    found = rows[trial.study.column].map(names)
+    found = rows[trial.study.column].astype(object).map(_text).map(names)
     if found.isna().any():
         unknown = rows[trial.study.column][found.isna()].iloc[0]
         raise TrialFault(f"{path}: {trial.study.column} holds {unknown!r}; the studies are {', '.join(names)} (trial.study.values)")
@@ -126,7 +167,7 @@ def _doses(trial: Trial, rows: pd.DataFrame, path: Path) -> pd.Series:
     if column not in rows:
         return pd.Series(float("nan"), index=rows.index)
     if isinstance(trial.dose.values, dict):
-        found = rows[column].map(trial.dose.values)
+        found = rows[column].astype(object).map(_text).map(trial.dose.values)
     else:
         numbers = _values(rows[column], "number", column, path)
         found = numbers.where(numbers.isin(trial.dose.doses))
@@ -140,10 +181,11 @@ def _doses(trial: Trial, rows: pd.DataFrame, path: Path) -> pd.Series:
 def _levels(rows: pd.DataFrame, column: str, levels: tuple[str, ...], path: Path) -> pd.Series:
     if column not in rows:
         return pd.Series(None, index=rows.index, dtype=object)
-    wrong = rows[column].notna() & ~rows[column].isin(levels)
+    found = rows[column].astype(object).map(_text)
+    wrong = found.notna() & ~found.isin(levels)
     if wrong.any():
-        raise TrialFault(f"{path}: {column} holds {rows[column][wrong].iloc[0]!r}; its levels are {', '.join(levels)} (trial.factors)")
-    return rows[column].map(_text).astype(object)
+        raise TrialFault(f"{path}: {column} holds {found[wrong].iloc[0]!r}; its levels are {', '.join(levels)} (trial.factors)")
+    return found.astype(object)
 
 
 def _times(rows: pd.DataFrame, column: str, prefix: str, path: Path) -> pd.Series:

@@ -15,15 +15,12 @@ import pandas as pd
 import statsmodels.api as sm
 from formulaic import Formula, ModelSpec
 from scipy import stats
-from scipy.optimize import linprog
 
-from relseek_assets.trials.models import independent_columns
+from relseek_assets.trials.models import EXTREME_PROBABILITY, SOLVER_TOLERANCE, independent_columns, separating_direction
 from relseek_assets.trials.raw import TrialFault
 
 COEFFICIENT_COLUMNS = ("outcome", "term", "estimate", "se", "df", "statistic", "p", "lower", "upper", "method", "n", "note")
 SEPARATED = "separated: the likelihood has no maximum in this term"
-EXTREME_PROBABILITY = 1e-6  # a separated fit stops far beyond it
-SOLVER_TOLERANCE = 1e-7  # of the linear programme that looks for separation
 
 
 class RegressionFault(TrialFault):
@@ -193,16 +190,3 @@ def _binomial(y: np.ndarray, X: np.ndarray) -> sm.regression.linear_model.Regres
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # separation and its overflow are looked for by `separating_direction`
         return sm.GLM(y, X, family=sm.families.Binomial()).fit(maxiter=100, tol=1e-12)
-
-
-def separating_direction(X: np.ndarray, y: np.ndarray) -> np.ndarray | None:
-    """A direction d with (2y - 1) X d >= 0 in every row and > 0 in some, or None: separation, complete or quasi-complete.
-
-    X: (n, p) of full rank. y: (n,), 0 or 1. By the linear programme of Konis (2007, section 4.4).
-    """
-    signed = (2 * y - 1)[:, None] * X
-    scale = np.abs(X).max(axis=0)
-    found = linprog(-(signed / scale).sum(axis=0), A_ub=-(signed / scale), b_ub=np.zeros(len(y)), bounds=(-1, 1), method="highs")
-    if found.status != 0 or -found.fun < SOLVER_TOLERANCE:
-        return None
-    return np.where(np.abs(found.x) < SOLVER_TOLERANCE, 0.0, found.x) / scale

@@ -10,7 +10,7 @@ OUTCOME = Column("outcome", "string", "what was measured")
 
 def _estimate(unit: str = "outcome") -> tuple[Column, ...]:
     return (
-        Column("estimate", "number", "point estimate", unit),
+        Column("estimate", "number", "point estimate; null where the rows cannot show it", unit, nullable=True),
         Column("se", "number", "standard error", unit, nullable=True, low=0),
         Column("df", "number", "degrees of freedom; null for z", nullable=True, low=0),
     )
@@ -40,7 +40,7 @@ FORMS = TableSchema(
         Column("bic", "number", "Schwarz's criterion"),
         Column("rmse", "number", "root mean square of conditional residuals"),
         Column("score", "number", "published performance score", low=0, high=1),
-        Column("selected", "boolean", "chosen by the published rule, and used"),
+        Column("selected", "boolean", "declared or chosen by the published rule, and used"),
         Column("selected_by_aic", "boolean", "what plain AIC would choose"),
         Column("heterogeneous", "boolean", "pooled items keep effects of their own"),
         Column("heterogeneity_chi2", "number", "likelihood ratio between items with own and with common effects", nullable=True),

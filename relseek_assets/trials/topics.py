@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from relseek_assets.trials.raw import TrialFault
+
 RANKS = 5
 RANK_COLUMNS = tuple(f"rank_{rank}_topic" for rank in range(1, RANKS + 1))
 DOMAIN_TOPICS = {
@@ -38,7 +40,7 @@ SHORT_ANSWERS = {
 }
 
 
-class TopicError(ValueError):
+class TopicError(TrialFault):
     """A table of topics or participants lacks what its description needs."""
 
 

@@ -16,12 +16,16 @@ data$lam <- data$multiplier
 data$domain <- factor(data$domain, c("polchat", "emotchat"))
 data$pers <- factor(data$personalisation, c("non-personalised", "personalised"))
 
-contrasts_of <- function(fit) {
-  doses <- emmeans(fit, ~lam, at = list(lam = c(-1, -0.5, 0.5, 1)))
-  found <- rbind(
-    as.data.frame(contrast(doses, list(dose = c(-0.5, -0.5, 0.5, 0.5)))),
-    as.data.frame(contrast(emmeans(fit, ~domain), list(domain = c(-1, 1)))),
-    as.data.frame(contrast(emmeans(fit, ~pers), list(pers = c(-1, 1)))))
+# All three on one reference grid, so that the adjusted covariance is computed once a fit.
+contrasts_of <- function(fit, lam) {
+  grid <- ref_grid(fit, at = list(lam = c(-1, -0.5, 0.5, 1, lam)))
+  cells <- grid@grid
+  mean_of <- function(chosen) chosen / sum(chosen)
+  at_mean <- cells$lam == lam
+  found <- as.data.frame(contrast(grid, list(
+    dose = mean_of(cells$lam > lam & !at_mean) - mean_of(cells$lam < lam & !at_mean),
+    domain = mean_of(at_mean & cells$domain == "emotchat") - mean_of(at_mean & cells$domain == "polchat"),
+    pers = mean_of(at_mean & cells$pers == "personalised") - mean_of(at_mean & cells$pers == "non-personalised"))))
   list(estimate = found$estimate, se = found$SE, df = found$df)
 }
 
@@ -40,7 +44,7 @@ for (construct in names(constructs)) {
     found <- list(construct = construct, dose = dose, full = full, reml = reml, log_likelihood = as.numeric(logLik(fit)), names = names(fixef(fit)),
                   coefficients = unname(fixef(fit)), se = unname(sqrt(diag(as.matrix(vcov(fit))))), fitting = fitting[["elapsed"]])
     if (reml) {
-      seconds <- system.time(found$contrasts <- suppressMessages(contrasts_of(fit)))
+      seconds <- system.time(found$contrasts <- suppressMessages(contrasts_of(fit, mean(rows$lam))))
       found$contrasting <- seconds[["elapsed"]]
     }
     result <- c(result, list(found))
