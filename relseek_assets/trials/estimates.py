@@ -230,7 +230,7 @@ def _robust(
     low, high = (LOW, HIGH) if form == COARSENED else (_within(dose.low_doses, frame), _within(dose.high_doses, frame))
     L = (grid.mean(high) - grid.mean(low))[None, :]
     primary = fit.contrast(L)
-    primary.insert(0, "term", f"{dose.label}: Avg(Pos) - Avg(Neg)")
+    primary.insert(0, "term", dose.contrast)
     if draws:
         of_rows = None if weights is None else weights[analysed]
         primary["bootstrap_lower"], primary["bootstrap_upper"] = bayesian_bootstrap(rows, fit, L[0], of_rows, draws, seed)

@@ -1,4 +1,4 @@
-"""A small trial of nobody's, declared for tests: three outcomes of each kind of model, arms of five doses and two factors."""
+"""A small trial of nobody's, declared for tests: an outcome of each kind of model, arms of five doses and two factors."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from relseek_assets.trials.forms import Specification
 from relseek_assets.trials.frames import OutcomeFrame
 
 DOSES = [-1.0, -0.5, 0.0, 0.5, 1.0]
-FACTORS = [
+FACTORS: list[dict[str, Any]] = [
     {"column": "topic", "label": "Topic", "levels": ["sport", "music"]},
     {"column": "voice", "label": "Voice", "code": "Sound", "levels": ["non-human", "human"], "short": ["non", "hum"]},
 ]
-TABLES = {
+TABLES: dict[str, dict[str, Any]] = {
     "answers": {
         "file": "answers.jsonl",
         "key": [],
@@ -33,7 +33,7 @@ TABLES = {
         "columns": [{"names": ["moment"], "kind": "string", "choices": ["before", "after"]}, {"names": ["pain"], "low": -500, "high": 500}],
     },
 }
-OUTCOMES = [
+OUTCOMES: list[dict[str, Any]] = [
     {
         "name": "trust",
         "table": "answers",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from relseek_assets.trials import formulas, models
@@ -96,10 +97,10 @@ def counts(name: str) -> Counts:
     for answers in simulation.answers(kind.replicates, seed=21).T:
         frame.rows["value"] = answers
         fit = models.fit(frame, terms, start=start)
-        table = fit.contrast(L)
         plain = np.sqrt(L[0] @ fit.result.covariance @ L[0]) if isinstance(fit, MixedModelFit) else np.nan
-        rows.append([*table.loc[0, ["estimate", "lower", "upper"]], table.loc[1, "p"], plain])
-    estimate, lower, upper, p, se = np.array(rows, dtype=float).T
+        rows.append([*fit.contrast(L).to_numpy().ravel(), plain])
+    table = pd.DataFrame(rows, columns=[*models.ESTIMATES, *(f"{name} of the null" for name in models.ESTIMATES), "plain"])
+    estimate, lower, upper, p, se = (table[name].to_numpy() for name in ("estimate", "lower", "upper", "p of the null", "plain"))
     return Counts(int(((lower <= true) & (true <= upper)).sum()), int((np.abs(estimate - true) < 1.959964 * se).sum()), int((p < 0.05).sum()))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,10 +12,10 @@ from relseek_assets.trials.fdr import adjusted, family_table
 from tests.trials.declared import OUTCOMES, trial
 
 
-def outcomes() -> list[dict]:
+def outcomes() -> list[dict[str, Any]]:
     """Two local families of one measure family, another measure family, and an outcome in none."""
     families = {"trust": ("views", "first"), "warmth": ("views", "first"), "mood": ("views", "second"), "pain": ("body", "body")}
-    return [outcome | dict(zip(("family", "local_family"), families.get(str(outcome["name"]), ("", "")), strict=True)) for outcome in OUTCOMES]
+    return [outcome | dict(zip(("family", "local_family"), families.get(outcome["name"], ("", "")), strict=True)) for outcome in OUTCOMES]
 
 
 DECLARED = trial(outcomes=outcomes(), study={"column": "which", "values": {"main": "main", "other": "other"}})

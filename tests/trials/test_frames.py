@@ -74,9 +74,12 @@ def test_a_baseline_may_be_a_column_beside() -> None:
 
 def test_a_baseline_of_the_same_week_is_joined_by_week() -> None:
     diary = TABLES["diary"] | {"key": ["week", "moment"]}
-    diary["columns"] = [*diary["columns"], {"names": ["moment"], "kind": "string"}]  # type: ignore[misc, list-item]
+    diary["columns"] = [*diary["columns"], {"names": ["moment"], "kind": "string"}]
     design = {"where": {"moment": "after"}, "time": "week", "endpoints": [1, 4], "baseline": {"where": {"moment": "before"}, "by": ["week"]}}
-    changes = {"tables": TABLES | {"diary": diary}, "outcomes": [{"name": "mood", "table": "diary", "items": ["mood"], "designs": {"main": design}}]}
+    changes: dict[str, Any] = {
+        "tables": TABLES | {"diary": diary},
+        "outcomes": [{"name": "mood", "table": "diary", "items": ["mood"], "designs": {"main": design}}],
+    }
     raw = tables("main:mood", **changes)
     rows = frame_of(trial(**changes), "main:mood", raw).rows
     before = raw["diary"].query("moment == 'before'").set_index(["participant", "week"])["mood"]
@@ -129,7 +132,7 @@ def test_outcomes_are_conserved() -> None:
     for outcome in OUTCOMES:
         key = f"main:{outcome['name']}"
         effects = EFFECTS if outcome.get("model") != "logit" else Effects(dose=(1.0,))
-        raw = tables(key, effects)[str(outcome["table"])]
+        raw = tables(key, effects)[outcome["table"]]
         raw = raw[raw["moment"].eq("after")] if outcome["table"] == "visits" else raw
         expected = raw[outcome["items"]].to_numpy().ravel(order="F")
         np.testing.assert_array_equal(frame_of(trial(), key, tables(key, effects)).rows["value"], expected)

@@ -44,7 +44,7 @@ def declared(**changes: Any) -> Trial:
     )
 
 
-def tested(**changes: Any) -> dict[str, Any]:
+def stated(**changes: Any) -> dict[str, Any]:
     row = {"study": "A_1", "outcome": "trust", "test_type": "main_effect_RS", "contrast": "RS: Avg(Pos) - Avg(Neg)", "variant": "primary"}
     numbers = {"estimate": -1.2345, "lower": -2.5, "upper": 0.031, "p_raw": 0.0562, "p_local": 0.0843, "p_global": 0.1124, "n": 1820}
     return {"family": "views", **row, **numbers, "method": "Kenward-Roger", **changes}
@@ -84,7 +84,7 @@ def sound(text: str) -> None:
 
 
 def test_a_family_shows_every_number_of_a_test() -> None:
-    table = tables(tested())["family_views"]
+    table = tables(stated())["family_views"]
     row = pd.read_csv(io.StringIO(table.csv())).iloc[0]
     assert row.to_dict() == {
         "section": "main effects",
@@ -103,7 +103,7 @@ def test_a_family_shows_every_number_of_a_test() -> None:
 
 
 def test_studies_stand_side_by_side_and_what_one_lacks_is_blank() -> None:
-    table = tables(tested(), tested(outcome="ease"), tested(study="B", estimate=0.5, method="t"))["family_views"]
+    table = tables(stated(), stated(outcome="ease"), stated(study="B", estimate=0.5, method="t"))["family_views"]
     assert list(table.blocks) == ["A_1", "B"]
     assert table.stub["outcome"].tolist() == ["trust", "ease"]
     assert table.blocks["A_1"]["estimate"].tolist() == ["-1.23", "-1.23"]
@@ -115,21 +115,11 @@ def test_studies_stand_side_by_side_and_what_one_lacks_is_blank() -> None:
 
 
 def test_tests_stand_under_the_heading_of_their_kind() -> None:
-    rows = [tested(test_type="moderation"), tested(), tested(test_type="moderation", outcome="ease"), tested(test_type="main_effect_Domain")]
-    table = tables(*rows)["family_views"]
-    assert list(table.sections) == ["moderation", "moderation", "main effects"], "both main effects have the same line: kept once"
-    assert table.latex().count(r"\textit{moderation}") == 1
+    domain = stated(test_type="main_effect_Domain", contrast="Domain: b - a")
+    table = tables(stated(test_type="moderation"), stated(), stated(test_type="moderation", outcome="ease"), domain)["family_views"]
+    assert list(table.sections) == ["moderation", "moderation", "main effects", "main effects"]
+    assert table.latex().count(r"\textit{moderation}") == table.latex().count(r"\textit{main effects}") == 1
     sound(table.latex())
-
-
-def test_outcomes_of_no_family_have_a_table_without_adjusted_values() -> None:
-    nothing = float("nan")
-    alone = tested(outcome="alone", p_local=nothing, p_global=nothing)
-    contrasts = pd.DataFrame([tested(), alone, {**alone, "variant": "coarsened", "estimate": 99.0}])
-    table = tables(tested(), trial_contrasts=contrasts)["no_family"]
-    assert table.stub["outcome"].tolist() == ["alone"]
-    block = table.blocks["A_1"]
-    assert (block["p"].item(), block["p local"].item(), block["p global"].item()) == ("0.056", "–", "–")
 
 
 @pytest.mark.parametrize(
@@ -143,12 +133,12 @@ def test_outcomes_of_no_family_have_a_table_without_adjusted_values() -> None:
     ],
 )
 def test_numbers_have_as_many_decimals_as_their_interval_warrants(estimate: float, lower: float, upper: float, shown: tuple[str, str]) -> None:
-    block = tables(tested(estimate=estimate, lower=lower, upper=upper))["family_views"].blocks["A_1"]
+    block = tables(stated(estimate=estimate, lower=lower, upper=upper))["family_views"].blocks["A_1"]
     assert (block["estimate"].item(), block["95% interval"].item()) == shown
 
 
 def test_small_p_values_are_bounds() -> None:
-    block = tables(tested(p_raw=0.0009, p_local=0.001, p_global=1.0))["family_views"].blocks["A_1"]
+    block = tables(stated(p_raw=0.0009, p_local=0.001, p_global=1.0))["family_views"].blocks["A_1"]
     assert block[["p", "p local", "p global"]].iloc[0].tolist() == ["<0.001", "0.001", "1.000"]
 
 
@@ -212,12 +202,12 @@ def test_names_are_read_as_text() -> None:
 
 def test_signs_of_names_do_not_break_a_table() -> None:
     awkward = "100%_of & all {braces} \\input{x} λ² < ±1 ~ ^ # $"
-    for table in tables(tested(contrast=awkward), tested(study="B", contrast=awkward, outcome="ease")).values():
+    for table in tables(stated(contrast=awkward), stated(study="B", contrast=awkward, outcome="ease")).values():
         sound(table.latex())
 
 
 def test_long_tables_are_continued_on_the_next_page() -> None:
-    rows = [tested(contrast=f"contrast {number}") for number in range(2 * LINES + 3)]
+    rows = [stated(contrast=f"contrast {number}") for number in range(2 * LINES + 3)]
     text = tables(*rows)["family_views"].latex()
     assert text.count(r"\begin{table}") == 3
     assert text.count("(continued)") == 2
@@ -233,7 +223,7 @@ def test_nothing_to_show_makes_no_table() -> None:
 
 def test_the_document_compiles(tmp_path: Path) -> None:
     """With pdflatex where it is installed; where it is not, the same files pass the syntax of `sound`."""
-    rows = [tested(contrast=f"RS × Domain λ² {number} & 5% [−1]", study=study) for number in range(LINES + 5) for study in ("A_1", "B")]
+    rows = [stated(contrast=f"RS × Domain λ² {number} & 5% [−1]", study=study) for number in range(LINES + 5) for study in ("A_1", "B")]
     found = list(tables(*rows).values())
     for table in found:
         (tmp_path / f"{table.name}.tex").write_text(table.latex(), encoding="utf-8")
