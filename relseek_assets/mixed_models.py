@@ -36,6 +36,7 @@ SINGULAR = 1e-4  # lme4's tolerance on the diagonal of Λ
 FLAT = 1e-8  # curvature, relative to the largest, below which a direction of θ is taken to be flat
 TIGHT = 1e-15  # the deviance a Newton step still promises when the search ends
 LOOSE = 1e-6  # ... and when it must be said that it has not ended
+MEETING = 1e-2  # of θ: a Newton step that comes this near to a minimum would end in it
 DIVERGED = 1e6  # standard deviations of a random effect in residual ones
 STEPS, HALVINGS = 200, 40
 LARGEST = 6000  # random effects of crossed factors, whose cross-products are held as one dense matrix
@@ -888,13 +889,19 @@ def _criterion(model: _Model, reml: bool) -> Callable[[Array], _Point | None]:
     return at
 
 
-def _descend(criterion: Callable[[Array], _Point | None], start: Array) -> _Point | None:
-    """Newton's method from `start`, each step shortened until the deviance falls."""
+def _descend(
+    criterion: Callable[[Array], _Point | None], start: Array, canonical: Callable[[Array], Array], known: Sequence[_Point] = ()
+) -> _Point | None:
+    """Newton's method from `start`, each step shortened until the deviance falls; a search whose next step meets an end that is known ends there."""
     point = criterion(start)
     for _ in range(STEPS):
         if point is None:
             return None
         step, promise = point.newton_step
+        for end in known:
+            apart = np.abs(canonical(point.theta + step) - canonical(end.theta)).max()
+            if apart < MEETING * (1 + np.abs(end.theta).max()) and not point.is_saddle():
+                return end
         if promise < TIGHT:
             if not point.is_saddle():
                 return point
@@ -918,10 +925,15 @@ def _descend(criterion: Callable[[Array], _Point | None], start: Array) -> _Poin
 def _ends(model: _Model, criterion: Callable[[Array], _Point | None], theta: Array | None) -> list[_Point]:
     """Where the searches end: one from `theta` where that is inside, all starts otherwise."""
     if theta is not None and theta[model.layout.on_diagonal].min() >= SINGULAR:
-        end = _descend(criterion, model.internal(theta))
+        end = _descend(criterion, model.internal(theta), model.layout.canonical)
         if end is not None and end.newton_step[1] < TIGHT and not end.is_saddle() and end.theta[model.layout.on_diagonal].min() >= SINGULAR:
             return [end]
-    return [end for start in model.layout.starts() if (end := _descend(criterion, start)) is not None]
+    ends: list[_Point] = []
+    for start in model.layout.starts():
+        end = _descend(criterion, start, model.layout.canonical, ends)
+        if end is not None:
+            ends.append(end)
+    return ends
 
 
 def _estimate(model: _Model, reml: bool, formula: str | None, omitted: int, theta: Array | None = None) -> MixedFit:
