@@ -18,7 +18,7 @@ from relseek_assets.trials import covariates, estimates, fdr, frames, raw, steps
 from relseek_assets.trials.frames import OutcomeFrame
 from relseek_assets.trials.instruments import INSTRUMENTS, SCHEMA, Instrument
 from relseek_assets.trials.raw import TrialFault
-from relseek_resources.processes import in_order
+from relseek_resources.processes import FEWEST, in_order, prepare
 from relseek_resources.storage import StorageError
 
 GROUP = "trials"
@@ -41,6 +41,8 @@ def build(stage: Stage) -> None:
         seconds=0.3,
     )
     def trial_tables(work: Work) -> Iterator[dg.AssetMaterialization]:
+        if len(trial.keys) >= FEWEST:
+            prepare(steps.__name__)  # files are read here, while the processes that will estimate start
         for name in work.partitions:
             assert name is not None
             try:

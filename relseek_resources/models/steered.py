@@ -1,13 +1,14 @@
 """`SteeredModel`: a causal language model with a steering vector in its residual stream.
 
-Here belong the steering hook, batched generation, scoring and activations. The residual stream after block l (0-indexed) is
-`hidden_states[l + 1]` in transformers' numbering; a vector steers there, at every position that is not padding.
+Here belong the hooks that steer and intervene, batched generation, scoring, activations and projections; what an intervention does to the stream
+belongs in `interventions.py`. The residual stream after block l (0-indexed) is `hidden_states[l + 1]` in transformers' numbering; a vector
+steers there, at every position that is not padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from relseek_resources.models import architecture
+from relseek_resources.models.interventions import Active, Add, Intervention, unit_vector
 from relseek_resources.models.loading import ModelError
 from relseek_resources.models.sampling import Sampling, draw, uniforms
 
@@ -48,15 +50,6 @@ class TokenScores:
         return float(np.mean(self.log_probs))
 
 
-@dataclass(eq=False)
-class _Steering:
-    """One active vector: `added` is multiplier x vector, shape (rows or 1, 1, width)."""
-
-    layer: int
-    added: torch.Tensor
-    rows: int | None
-
-
 @dataclass
 class Batch:
     """Token ids (rows, length), their mask and positions; `padding` says on which side short rows were filled."""
@@ -83,7 +76,7 @@ class SteeredModel:
         self.width = int(architecture.text_config(model).hidden_size)
         self.ends = architecture.end_tokens(model, tokenizer)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self.ends, default=0)
-        self._steering: list[_Steering] = []
+        self._active: list[Active] = []
         self._rows: torch.Tensor | None = None
         self._resumed_after = -1
 
@@ -97,8 +90,7 @@ class SteeredModel:
 
     # --- steering -----------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def steer(self, vector: Any, layer: int, multiplier: float | Sequence[float]) -> Iterator[SteeredModel]:
+    def steer(self, vector: Any, layer: int, multiplier: float | Sequence[float]) -> AbstractContextManager[SteeredModel]:
         """Add `multiplier * vector` to the residual stream after block `layer` until the block ends, however it ends.
 
         Args:
@@ -109,31 +101,48 @@ class SteeredModel:
         Raises:
             ModelError: a layer that the model lacks, a vector of another width, NaN in either.
         """
-        self.check_layer(layer)
-        direction = self.check_vector(vector)
-        doses = torch.as_tensor(multiplier, dtype=torch.float32, device=self.device)
-        if doses.ndim > 1 or not torch.isfinite(doses).all():
-            raise ModelError(f"the multiplier must be a finite number or a row of them, got {multiplier!r}")
-        added = (doses.reshape(-1, 1, 1) * direction).to(self.dtype)
-        steering = _Steering(layer, added, rows=len(doses) if doses.ndim else None)
-        handle = None  # λ = 0 is the unsteered model: no hook at all
-        if doses.any():
-            handle = self.blocks[layer].register_forward_hook(lambda _module, _inputs, output: self._add(output, steering))
-        self._steering.append(steering)
+        return self.intervene(Add(vector, [layer], multiplier))
+
+    @contextmanager
+    def intervene(self, interventions: Intervention | Sequence[Intervention]) -> Iterator[SteeredModel]:
+        """Change the residual stream after the named blocks until the `with` block ends, however it ends.
+
+        Several interventions at one block work in the order given, each on what the one before it left; those of an inner context come after
+        those of an outer one. They reach prompts and replies alike, in `generate`, `score`, `activations`, `run_to` and `run_from`.
+
+        >>> with model.intervene([Add(joy, 10, 2.0), Floor(assistant, range(12, 20), [1.5, -math.inf])]):
+        ...     replies = model.generate(two_conversations, Sampling(temperature=0))
+
+        Raises:
+            ModelError: a block that the model lacks, a vector of another width, NaN, a zero vector where a projection is needed. A call inside raises
+                it when it has another number of rows than a multiplier, threshold, mean or strength that was given one a row.
+        """
+        wanted = [interventions] if isinstance(interventions, Intervention) else interventions
+        active = [self._ready(intervention) for intervention in wanted]
+        handles = []
         try:
+            for one in active:
+                if not one.idle:  # λ = 0 is the unsteered model: no hook at all
+                    handles += [self.blocks[layer].register_forward_hook(self._hook(one, layer)) for layer in one.layers]
+            self._active += active
             yield self
         finally:
-            self._steering.remove(steering)
-            if handle is not None:
+            self._active = [one for one in self._active if one not in active]
+            for handle in handles:
                 handle.remove()
 
-    def _add(self, output: Any, steering: _Steering) -> Any:
-        if steering.layer <= self._resumed_after:
-            return output  # the stream that was handed in has felt this vector already
-        added = steering.added
-        if steering.rows is not None:
-            added = added if self._rows is None else added[self._rows]
-        return architecture.with_stream(output, architecture.stream_of(output) + added)
+    def _ready(self, intervention: Intervention) -> Active:
+        for layer in intervention.blocks:
+            self.check_layer(layer)
+        return intervention.active(self.check_vector(intervention.vector), self.dtype)
+
+    def _hook(self, active: Active, layer: int) -> Callable[..., Any]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            if layer <= self._resumed_after:
+                return output  # the stream that was handed in has felt this intervention already
+            return architecture.with_stream(output, active.on(architecture.stream_of(output), self._rows))
+
+        return hook
 
     def check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.layers:
@@ -149,9 +158,9 @@ class SteeredModel:
         return direction
 
     def _check_rows(self, rows: int) -> None:
-        for steering in self._steering:
-            if steering.rows not in (None, rows):
-                raise ModelError(f"steered with {steering.rows} multipliers but called with {rows} rows; give one multiplier a row")
+        for active in self._active:
+            if active.rows not in (None, rows):
+                raise ModelError(f"steered with {active.rows} {active.number}s but called with {rows} rows; give one {active.number} a row")
 
     @contextmanager
     def _on_rows(self, rows: Sequence[int] | torch.Tensor) -> Iterator[None]:
@@ -232,8 +241,8 @@ class SteeredModel:
     def run_from(self, batch: Batch, layer: int, stream: torch.Tensor) -> torch.Tensor:
         """Final hidden states when the residual stream after block `layer` is `stream`, shape (rows, length, width).
 
-        Blocks up to `layer` are passed over, so masks, rotary positions and per-layer settings stay the model's own.
-        Gradients reach `stream`.
+        Blocks up to `layer` are passed over, so masks, rotary positions and per-layer settings stay the model's own; interventions there are
+        taken to be in `stream` already. Gradients reach `stream`.
         """
         self.check_layer(layer)
         skipped = list(self.blocks[: layer + 1])
@@ -338,24 +347,57 @@ class SteeredModel:
         Raises:
             ModelError: a reply without tokens.
         """
+        found = np.empty((len(conversations), len(layers), self.width), dtype=np.float32)
+        for row, reading in self._readings(conversations, layers, replies, batch_size):
+            found[row] = reading.cpu().numpy()
+        return found
+
+    @torch.inference_mode()
+    def projections(
+        self,
+        conversations: Sequence[Conversation],
+        vector: Any,
+        layers: Sequence[int],
+        replies: Sequence[str] | None = None,
+        *,
+        batch_size: int = 16,
+    ) -> np.ndarray:
+        """Projection of `activations` onto the unit vector, float32 (rows, layers), without keeping the activations.
+
+        Args:
+            vector: (width,) for every layer, or (layers, width), one a layer. Its length does not count.
+
+        Raises:
+            ModelError: a reply without tokens, a vector of another shape, zero or NaN.
+        """
+        vectors = [vector] * len(layers) if np.ndim(vector) == 1 else list(vector)
+        if len(vectors) != len(layers):
+            raise ModelError(f"{len(vectors)} vectors for {len(layers)} layers; give one vector, or one a layer")
+        units = torch.stack([unit_vector(self.check_vector(one)) for one in vectors])
+        found = np.empty((len(conversations), len(layers)), dtype=np.float32)
+        for row, reading in self._readings(conversations, layers, replies, batch_size):
+            found[row] = (reading * units).sum(-1).cpu().numpy()
+        return found
+
+    def _readings(
+        self, conversations: Sequence[Conversation], layers: Sequence[int], replies: Sequence[str] | None, batch_size: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Row number and float32 (layers, width) of every row, in batches of similar length."""
         self._check_rows(len(conversations))
         prompts = [self.prompt_tokens(conversation) for conversation in conversations]
         answers = [[] for _ in prompts] if replies is None else [self.reply_tokens(reply, end=False) for reply in replies]
         if replies is not None:
             check_tokens(prompts, answers)
-        found = np.empty((len(prompts), len(layers), self.width), dtype=np.float32)
         for rows in by_length([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)], batch_size):
             with self._on_rows(rows):
                 streams, _ = self.run_to(self.batch([[*prompts[row], *answers[row]] for row in rows]), layers)
             for place, row in enumerate(rows):
                 start, stop = len(prompts[row]), len(prompts[row]) + len(answers[row])
                 window = slice(start, stop) if answers[row] else slice(start - 1, start)
-                found[row] = torch.stack([streams[layer][place, window].float().mean(0) for layer in layers]).cpu().numpy()
-        return found
+                yield row, torch.stack([streams[layer][place, window].float().mean(0) for layer in layers])
 
     # --- generation ---------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def generate(
         self,
         conversations: Sequence[Conversation],
@@ -372,15 +414,30 @@ class SteeredModel:
             seeds: one a row; a row's draw depends on its seed alone. Needed unless greedy.
             on_batch: called with the number of replies that a batch has finished.
         """
+        prompts = [self.prompt_tokens(conversation) for conversation in conversations]
+        return self.generate_tokens(prompts, sampling, seeds=seeds, batch_size=batch_size, on_batch=on_batch)
+
+    @torch.inference_mode()
+    def generate_tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+        batch_size: int = 32,
+        on_batch: Callable[[int], None] = lambda rows: None,
+    ) -> list[Reply]:
+        """`generate` on token ids. A prompt needs at least one token."""
         sampling = sampling or Sampling()
         if seeds is None:
             if sampling.temperature > 0:
                 raise ModelError("sampling needs one seed a row; give seeds=[...], or Sampling(temperature=0) for greedy replies")
-            seeds = [0] * len(conversations)
-        if len(seeds) != len(conversations):
-            raise ModelError(f"{len(seeds)} seeds for {len(conversations)} conversations; give one seed a row")
-        self._check_rows(len(conversations))
-        prompts = [self.prompt_tokens(conversation) for conversation in conversations]
+            seeds = [0] * len(prompts)
+        if len(seeds) != len(prompts):
+            raise ModelError(f"{len(seeds)} seeds for {len(prompts)} conversations; give one seed a row")
+        if not all(map(len, prompts)):
+            raise ModelError(f"row {[len(prompt) for prompt in prompts].index(0)}: a prompt without tokens cannot be answered")
+        self._check_rows(len(prompts))
         replies: dict[int, Reply] = {}
         for rows in by_length([len(prompt) for prompt in prompts], batch_size):
             found = self._generate_batch(rows, [prompts[row] for row in rows], [seeds[row] for row in rows], sampling)
@@ -388,7 +445,7 @@ class SteeredModel:
             on_batch(len(rows))
         return [replies[row] for row in range(len(prompts))]
 
-    def _generate_batch(self, rows: list[int], prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Reply]:
+    def _generate_batch(self, rows: list[int], prompts: list[Sequence[int]], seeds: list[int], sampling: Sampling) -> list[Reply]:
         from transformers import DynamicCache
 
         batch = self.batch(prompts, left=True)

@@ -1,0 +1,292 @@
+"""`CappedModel`: a language model whose projection on a direction is kept within a bound, behind the published library's four names.
+
+Here belong the published models' settings, their chat formats, and the reading of directions from files. The arithmetic of a cap belongs in
+`interventions.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from relseek_resources.models.interventions import Ceiling, Floor
+from relseek_resources.models.loading import ModelError, load
+from relseek_resources.models.sampling import Sampling
+from relseek_resources.models.steered import Conversation, SteeredModel
+from relseek_resources.storage import read_tensors
+
+Side = Literal["floor", "ceiling"]
+SIDES = {"floor": Floor, "ceiling": Ceiling}
+
+
+@dataclass(frozen=True)
+class PublishedCap:
+    """What llm-personality-axes uses for a model key (spec section 11.1): hub name, blocks capped, floor."""
+
+    source: str
+    layers: range
+    threshold: float
+
+
+PUBLISHED = {
+    "qwen": PublishedCap("Qwen/Qwen2.5-3B-Instruct", range(5, 30), 3.0),
+    "llama": PublishedCap("meta-llama/Llama-3.2-3B-Instruct", range(9, 20), 2.0),
+}
+
+# How a turn opens and closes; the text of the published prompts has no token of its own at its beginning.
+TURNS = {
+    "qwen": ("<|im_start|>{role}\n", "<|im_end|>\n"),
+    "llama": ("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>"),
+}
+
+
+def format_prompt(system: str, query: str, model_type: str = "qwen") -> str:
+    """A system and a user turn with the assistant header that opens the reply, in the published library's chat format.
+
+    `qwen` is ChatML; `llama` is Llama 3's, without the date that the model's own template adds.
+
+    Raises:
+        ModelError: another model type; give `generate` a conversation instead, and the model's own template is used.
+    """
+    if model_type not in TURNS:
+        raise ModelError(f"no chat format {model_type!r}; there is {sorted(TURNS)}; for other models give generate() a conversation")
+    opening, closing = TURNS[model_type]
+    turns = [opening.format(role=role) + text + closing for role, text in (("system", system), ("user", query))]
+    return "".join(turns) + opening.format(role="assistant")
+
+
+class CappedModel:
+    """A `SteeredModel` that generates with a cap on every token of prompt and reply.
+
+    Two published systems cap opposite sides. `side="floor"`, as in llm-personality-axes, the library whose names these are: directions point to
+    the wanted persona, and where h·v̂ < τ it is raised to τ. `side="ceiling"`, as in assistant-axis: vectors point to what is unwanted, and where
+    h·v̂ > τ it is lowered to τ. Directions may have any length; only v̂ counts. Projections are computed in float32 whatever the model's dtype,
+    where the published floor is computed in bfloat16.
+
+    >>> capped = CappedModel.from_model_key("qwen")
+    >>> text = capped.generate(format_prompt("You are a conspiracy theorist.", "Why is the sky blue?"))
+
+    `with capped.model.intervene(capped.interventions):` caps scores, activations and batches of replies too.
+    """
+
+    format_prompt = staticmethod(format_prompt)
+
+    def __init__(
+        self,
+        model: SteeredModel,
+        directions: Mapping[int, Any],
+        layers: Sequence[int] | None = None,
+        *,
+        threshold: float | Sequence[float],
+        side: Side = "floor",
+    ) -> None:
+        """Cap `model` after `layers`, all those in `directions` unless named.
+
+        Args:
+            directions: (width,) by 0-indexed block.
+            threshold: τ in units of the projection; one for all layers, or one a layer, as `thresholds` gives them.
+
+        Raises:
+            ModelError: a layer without direction or unknown to the model, another number of thresholds than layers, an unknown side.
+        """
+        self.model = model
+        self.layers = tuple(sorted(directions) if layers is None else layers)
+        missing = [layer for layer in self.layers if layer not in directions]
+        if missing or not self.layers:
+            raise ModelError(f"no direction for the layers {missing}; there are directions for {sorted(directions)}")
+        if np.ndim(threshold) and len(np.atleast_1d(threshold)) != len(self.layers):
+            raise ModelError(f"{len(np.atleast_1d(threshold))} thresholds for {len(self.layers)} layers; give one, or one a layer")
+        if side not in SIDES:
+            raise ModelError(f"side {side!r}: there is {sorted(SIDES)}")
+        limits = np.broadcast_to(threshold, len(self.layers)).tolist()
+        self.interventions = tuple(SIDES[side](directions[layer], layer, limit) for layer, limit in zip(self.layers, limits, strict=True))
+        with model.intervene(self.interventions):
+            pass  # what does not fit the model is refused here and not at the first reply
+
+    @classmethod
+    def from_model_key(
+        cls,
+        model_key: str = "qwen",
+        *,
+        directions: str | Path | Mapping[int, Any] | None = None,
+        layers: Sequence[int] | None = None,
+        threshold: float | Sequence[float] | None = None,
+        side: Side = "floor",
+        source: str | None = None,
+        dtype: str = "float32",
+        device: str = "auto",
+    ) -> CappedModel:
+        """Load a model with its directions.
+
+        For `qwen` and `llama` the published settings are the defaults: directions of the last prompt token under RELSEEK_RELEASE_AXES, layers 5-29
+        and τ 3.0, or layers 9-19 and τ 2.0. Anything else that `load` takes (a local folder, `embedded:NAME`, a hub name) needs `directions` and
+        `threshold`.
+
+        Args:
+            directions: a file that `read_directions` understands, or vectors by layer.
+            source: where the key's model lies, if not on the hub.
+            dtype: the published library uses bfloat16.
+        """
+        published = PUBLISHED.get(model_key)
+        if published is None and (directions is None or threshold is None):
+            raise ModelError(f"model key {model_key!r}: only {sorted(PUBLISHED)} have published settings; give directions=... and threshold=...")
+        if published is not None:
+            directions = published_directions(model_key) if directions is None else directions
+            layers = published.layers if layers is None else layers
+            threshold = published.threshold if threshold is None else threshold
+            source = source or published.source
+        assert directions is not None and threshold is not None
+        found = directions if isinstance(directions, Mapping) else read_directions(directions, layers)
+        model = load(source or model_key, dtype=dtype, device=device)
+        return cls(model, found, layers, threshold=threshold, side=side)
+
+    @classmethod
+    def from_study(
+        cls,
+        study: str | Path,
+        site: str,
+        epoch: int | None = None,
+        *,
+        side: Side,
+        threshold: float | Sequence[float],
+        layers: Sequence[int] | None = None,
+        model: SteeredModel | None = None,
+        dtype: str = "float32",
+        device: str = "auto",
+    ) -> CappedModel:
+        """Cap along a study's stored steering vector. `side` has no default: a trained vector points to what its study trained.
+
+        Args:
+            study: the study's folder in the store, or its name under RELSEEK_STORE.
+            site: model and layer, `smollm2-135m:L12`.
+            epoch: the last one stored unless named.
+            layers: the site's own unless named; all are capped along the one vector.
+            model: an already loaded one; otherwise the model that the vector's header names.
+        """
+        file = _stored_vector(study, site, epoch)
+        tensors, header = read_tensors(file)
+        if "vector" not in tensors:
+            raise ModelError(f"{file}: expected a tensor named vector, found {sorted(tensors)}")
+        if model is None:
+            if "model" not in header:
+                raise ModelError(f"{file}: its header names no model; give model=...")
+            model = load(header["model"], dtype=dtype, device=device)
+        layers = [_layer_of(site)] if layers is None else layers
+        return cls(model, dict.fromkeys(layers, tensors["vector"]), layers, threshold=threshold, side=side)
+
+    def generate(
+        self, prompt: str | Conversation, max_new_tokens: int = 100, *, do_sample: bool = False, seed: int = 0, verbose: bool = False
+    ) -> str:
+        """Prompt and capped reply as one text, special tokens included, as the published library returns them.
+
+        Args:
+            prompt: text with its chat format (`format_prompt`), to which the tokenizer's beginning-of-text token is added where it has one and the
+                text does not begin with it; or a conversation, for the model's own template.
+            do_sample: draw at temperature 1 from `seed`; greedy otherwise.
+            verbose: taken for the published signature; there is nothing to show.
+        """
+        with self.model.intervene(self.interventions):
+            return self.generate_uncapped(prompt, max_new_tokens, do_sample=do_sample, seed=seed, verbose=verbose)
+
+    def generate_uncapped(
+        self, prompt: str | Conversation, max_new_tokens: int = 100, *, do_sample: bool = False, seed: int = 0, verbose: bool = False
+    ) -> str:
+        """`generate` without the cap, for comparison."""
+        tokens = self._prompt_tokens(prompt)
+        sampling = Sampling(temperature=1.0 if do_sample else 0.0, max_new_tokens=max_new_tokens)
+        (reply,) = self.model.generate_tokens([tokens], sampling, seeds=[seed])
+        return self.model.tokenizer.decode([*tokens, *reply.tokens], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _prompt_tokens(self, prompt: str | Conversation) -> list[int]:
+        if not isinstance(prompt, str):
+            return self.model.prompt_tokens(prompt)
+        tokenizer = self.model.tokenizer
+        tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        begin = tokenizer.bos_token_id
+        return tokens if begin is None or tokens[:1] == [begin] else [begin, *tokens]
+
+
+def read_directions(file: str | Path, layers: Sequence[int] | None = None) -> dict[int, np.ndarray]:
+    """Vectors by 0-indexed block, float32, from a `.safetensors` file or a published `.pt` file.
+
+    Three contents are understood: vectors by layer (in safetensors the tensors' names are the numbers); one array (layers, width), a row a block
+    from block 0; one vector (width,), which serves each of `layers`, or the layer of the `site` in its header.
+
+    Raises:
+        ModelError: a file that is not there or holds anything else. A `.pt` file is read as plain tensors; code in it is refused, not run.
+        StorageError: a truncated safetensors file, NaN.
+    """
+    file = Path(file)
+    content, site = _content(file)
+    if isinstance(content, Mapping) and content and all(str(layer).isdecimal() for layer in content):
+        found = {int(layer): _array(vector, file) for layer, vector in content.items()}
+    elif isinstance(content, Mapping):
+        raise ModelError(f"{file}: expected one tensor or tensors named by their layer, found {sorted(map(str, content))}")
+    else:
+        array = _array(content, file)
+        if array.ndim == 2:
+            found = dict(enumerate(array))
+        elif layers is None and not site:
+            raise ModelError(f"{file}: it holds one vector and does not say for which layer; give layers=[...]")
+        else:
+            found = dict.fromkeys([_layer_of(site)] if layers is None else layers, array)
+    if any(vector.ndim != 1 for vector in found.values()):
+        raise ModelError(f"{file}: expected vectors, found the shapes {sorted({vector.shape for vector in found.values()})}")
+    return found
+
+
+def published_directions(model_key: str) -> Path:
+    """The published last-token directions of a model key, in the release's own layout."""
+    root = os.environ.get("RELSEEK_RELEASE_AXES")
+    if not root:
+        raise ModelError(f"the published directions of {model_key!r} are not here; set RELSEEK_RELEASE_AXES to their release, or give directions=...")
+    return Path(root) / "artifacts" / "directions" / f"{model_key}_last_token.pt"
+
+
+def _content(file: Path) -> tuple[Any, str]:
+    """A file's tensors by name, or its only tensor where the name is no layer's, and the `site` of its header."""
+    if not file.is_file():
+        raise ModelError(f"{file}: no such file")
+    if file.suffix == ".safetensors":
+        tensors, header = read_tensors(file)
+        alone = len(tensors) == 1 and not next(iter(tensors)).isdecimal()
+        return (next(iter(tensors.values())) if alone else tensors), header.get("site", "")
+    import torch
+
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True), ""
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"{file}: not a readable file of plain tensors ({reason}); it is not opened in any other way") from error
+
+
+def _array(tensor: Any, file: Path) -> np.ndarray:
+    import torch
+
+    if not isinstance(tensor, torch.Tensor | np.ndarray):
+        raise ModelError(f"{file}: expected tensors, found {type(tensor).__name__}")
+    return torch.as_tensor(tensor).float().numpy()
+
+
+def _stored_vector(study: str | Path, site: str, epoch: int | None) -> Path:
+    """The file of a study's `steering_vectors` at a site: `STUDY/steering_vectors/SITE/eNN.safetensors`."""
+    store = os.environ.get("RELSEEK_STORE")
+    folder = Path(store) / study if store and not Path(study).is_dir() else Path(study)
+    vectors = folder / "steering_vectors" / site
+    files = sorted(vectors.glob("e[0-9]*.safetensors"))
+    if not files:
+        raise ModelError(f"{vectors}: no stored vector; give the study's folder in the store, or run its steering_vectors first")
+    wanted = files[-1] if epoch is None else vectors / f"e{epoch:02d}.safetensors"
+    if wanted not in files:
+        raise ModelError(f"{wanted}: no such epoch; there is {[file.stem for file in files]}")
+    return wanted
+
+
+def _layer_of(site: str) -> int:
+    return int(site.partition(":L")[2])
