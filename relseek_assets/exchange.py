@@ -307,19 +307,29 @@ def difference(one: Workspace, two: Workspace) -> dict[str, list[dict[str, Any]]
     return {"settings": settings, "versions": versions, "estimates": _estimates(one, two)}
 
 
+# Tables of estimates that two studies can be compared by, and what tells their rows apart.
+COMPARED = {
+    "dose_response": ["site", "epoch", "multiplier", "rubric", "judge"],
+    "trial_contrasts": ["study", "outcome", "test_type", "contrast", "variant"],
+}
+
+
 def _estimates(one: Workspace, two: Workspace) -> list[dict[str, Any]]:
-    keys = ["site", "epoch", "multiplier", "rubric", "judge"]
-    frames = []
-    for workspace in (one, two):
-        try:
-            frames.append(read_asset(workspace, "dose_response")[[*keys, "estimate", "lower", "upper", "n"]])
-        except (ExchangeError, StorageError):
-            frames.append(pd.DataFrame(columns=[*keys, "estimate", "lower", "upper", "n"]))
-    merged = frames[0].merge(frames[1], on=keys, how="outer", suffixes=("_a", "_b"))
-    merged = merged[merged["estimate_a"].ne(merged["estimate_b"])]
-    merged["difference"] = merged["estimate_b"] - merged["estimate_a"]
-    merged["overlap"] = (merged["lower_a"] <= merged["upper_b"]) & (merged["lower_b"] <= merged["upper_a"])
-    return [{name: _plain(value) for name, value in row.items()} for row in merged.to_dict("records")]
+    found = []
+    for asset, keys in COMPARED.items():
+        columns = [*keys, "estimate", "lower", "upper", "n"]
+        frames = []
+        for workspace in (one, two):
+            try:
+                frames.append(read_asset(workspace, asset)[columns] if asset in workspace.catalogue else pd.DataFrame(columns=columns))
+            except (ExchangeError, StorageError):
+                frames.append(pd.DataFrame(columns=columns))
+        merged = frames[0].merge(frames[1], on=keys, how="outer", suffixes=("_a", "_b"))
+        merged = merged[merged["estimate_a"].ne(merged["estimate_b"]) & (merged["estimate_a"].notna() | merged["estimate_b"].notna())]
+        merged["difference"] = merged["estimate_b"] - merged["estimate_a"]
+        merged["overlap"] = (merged["lower_a"] <= merged["upper_b"]) & (merged["lower_b"] <= merged["upper_a"])
+        found += [{"asset": asset, **{name: _plain(value) for name, value in row.items()}} for row in merged.to_dict("records")]
+    return found
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -348,8 +358,14 @@ def difference_text(found: dict[str, list[dict[str, Any]]]) -> str:
             for side in ("a", "b")
         )
         apart = "" if row["overlap"] else "  intervals apart"
-        lines.append(f"  {row['site']} epoch {row['epoch']} λ={row['multiplier']:g} {row['rubric']}: {a} -> {b}{apart}")
+        lines.append(f"  {_named(row)}: {a} -> {b}{apart}")
     return "\n".join(lines)
+
+
+def _named(row: dict[str, Any]) -> str:
+    if row["asset"] == "dose_response":
+        return f"{row['site']} epoch {row['epoch']} λ={row['multiplier']:g} {row['rubric']}"
+    return f"{row['study']} {row['outcome']} {row['contrast']} ({row['variant']})"
 
 
 # --- code locations ---------------------------------------------------------------------------------------------------

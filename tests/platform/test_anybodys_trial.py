@@ -323,6 +323,19 @@ def test_new_weights_concern_robustness_alone(changed: Example) -> None:
 # --- absent and faulty files ------------------------------------------------------------------------------------------
 
 
+def test_the_difference_between_two_stores_names_the_contrasts_of_the_outcomes_that_changed(computed: Example, changed: Example) -> None:
+    changed.edit("warmth.toml", 'items = ["wellbeing_after"]', 'items = ["wellbeing_after"]\nform = "linear"')
+    changed.run()
+    from relseek_assets.exchange import difference, difference_text
+
+    with computed.workspace() as one, changed.workspace() as two:
+        assert difference(one, one)["estimates"] == []
+        found = difference(one, two)
+    assert {row["outcome"] for row in found["estimates"]} == {"wellbeing"}
+    assert [row["setting"] for row in found["settings"]] == ["trial.outcomes.wellbeing.form"]
+    assert "coaching wellbeing Warmth: Avg(High) - Avg(Low) (primary): " in difference_text(found)
+
+
 def test_an_absent_file_empties_its_outcomes_and_nothing_else(changed: Example) -> None:
     (changed.folder / "ending.csv").unlink()
     before = changed.contrast("closeness")
