@@ -14,11 +14,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from relseek_assets.figures import COLOURS, DPI, MARKERS, STYLE, blank
 from relseek_assets.trial import Trial
 
 Draw = Callable[[Axes, pd.DataFrame, Trial], None]
+
+MOST_INTERVALS = 60  # in one panel of trajectories; more hide the means
 
 
 def _name(outcome: str) -> str:
@@ -96,16 +99,20 @@ def _trajectories(axes: Axes, table: pd.DataFrame, trial: Trial) -> None:
     doses = sorted(table["dose"].unique())
     palette = mpl.colormaps["cividis"](np.linspace(0.0, 0.9, len(doses)))
     spread = 0.06 * (table["time"].max() - table["time"].min()) / max(1, len(doses) - 1)
+    crowded = table["time"].nunique() * len(doses) > MOST_INTERVALS
     for place, dose in enumerate(doses):
         model = table[(table["dose"] == dose) & (table["kind"] == "model")].sort_values("time")
         raw = table[(table["dose"] == dose) & (table["kind"] == "raw")].sort_values("time")
         axes.plot(model["time"], model["estimate"], color=palette[place], label=f"{trial.dose.symbol} = {dose:g}")
         times = raw["time"] + (place - (len(doses) - 1) / 2) * spread
-        error = [raw["estimate"] - raw["lower"], raw["upper"] - raw["estimate"]]
+        error = None if crowded else [raw["estimate"] - raw["lower"], raw["upper"] - raw["estimate"]]
         axes.errorbar(times, raw["estimate"], yerr=error, color=palette[place], marker=MARKERS[place % len(MARKERS)], markersize=4, linestyle="none")
-    axes.set(xlabel="time", ylabel=_unit(trial, table), title=f"{_name(table['outcome'].iloc[0])} over time")
+    study, outcome = str(table["study"].iloc[0]), str(table["outcome"].iloc[0])
+    axes.set(xlabel=_name(trial.outcome(outcome).designs[study].time), ylabel=_unit(trial, table), title=f"{_name(outcome)} over time")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=7)
-    axes.text(0.99, 0.02, "lines: full model; points: raw means, 95%", transform=axes.transAxes, ha="right", fontsize=7, alpha=0.7)
+    caption = f"lines: full model; points: raw means{'' if crowded else ', 95%'}"
+    axes.text(0.99, 0.02, caption, transform=axes.transAxes, ha="right", fontsize=7, alpha=0.7)
 
 
 def forest(table: pd.DataFrame, trial: Trial) -> Figure:
@@ -136,8 +143,12 @@ def _multiverse(axes: Axes, table: pd.DataFrame, trial: Trial) -> None:
     rows = table[table["term"].str.contains(" - ", regex=False)].reset_index(drop=True)
     places = np.arange(len(rows))
     for offset, prefix, colour, label in ((-0.12, "", COLOURS[0], "model"), (0.12, "bootstrap_", COLOURS[1], "Bayesian bootstrap over participants")):
-        error = [(rows["estimate"] - rows[f"{prefix}lower"]).clip(lower=0), (rows[f"{prefix}upper"] - rows["estimate"]).clip(lower=0)]
-        axes.errorbar(rows["estimate"], places + offset, xerr=error, color=colour, marker="o", markersize=4, capsize=2, linestyle="none", label=label)
+        made = rows[f"{prefix}lower"].notna()  # few specifications are resampled
+        found = rows[made]
+        error = [(found["estimate"] - found[f"{prefix}lower"]).clip(lower=0), (found[f"{prefix}upper"] - found["estimate"]).clip(lower=0)]
+        axes.errorbar(
+            found["estimate"], places[made] + offset, xerr=error, color=colour, marker="o", markersize=4, capsize=2, linestyle="none", label=label
+        )
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [f"{row.specification}, {row.form}" for row in rows.itertuples()])
     axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=f"{trial.dose.label}: high minus low", title=f"{_name(rows['outcome'].iloc[0])}: specifications")

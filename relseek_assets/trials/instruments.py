@@ -292,12 +292,13 @@ def _chi_squared(source: str, inputs: Inputs) -> pd.DataFrame:
 
 
 def _answers(counts: pd.DataFrame, study: str | None) -> pd.DataFrame:
-    """Shares of a group's participants who gave an answer."""
+    """Shares of a group's participants who gave an answer; study: theirs, None where the groups are the studies."""
     asked = counts.groupby("group")["n"].transform("sum")
     rows = []
     for row, n in zip(counts.to_dict("records"), asked, strict=True):
         group, level = row["group"], _text(row["level"])
-        key = {"study": study, "grouping": row["treatment"], "outcome": row["outcome"], "term": f"{group}: {level}"}
+        within = {"study": group, "term": level} if study is None else {"study": study, "term": f"{group}: {level}"}
+        key = {**within, "grouping": row["treatment"], "outcome": row["outcome"]}
         details = {"group": group, "level": level, "count": row["n"], "percentage": row["percentage"]}
         rows.append({**key, **_share(int(row["n"]), int(n)), "details": details})
     return _rows("answers", rows)

@@ -424,7 +424,7 @@ def incomplete_data(trial: Trial, rows: Mapping[str, int], published: pd.DataFra
     for table in trial.tables:
         there, whole = rows.get(table, 0), int(stated.get(table, 1))
         if there < whole:
-            short[table] = f"{table}: {there} of {whole} rows are there" if there else f"{table} is not there"
+            short[table] = f"{table}: {there} of {whole} rows are there" if there else f"{table} is absent or at fault"
     return short | {outcome.name: short[outcome.table] for outcome in trial.outcomes if outcome.table in short}
 
 

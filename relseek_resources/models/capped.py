@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from relseek_resources.models.interventions import Ceiling, Floor
 from relseek_resources.models.loading import ModelError, load
@@ -257,8 +258,6 @@ def _content(file: Path) -> tuple[Any, str]:
         tensors, header = read_tensors(file)
         alone = len(tensors) == 1 and not next(iter(tensors)).isdecimal()
         return (next(iter(tensors.values())) if alone else tensors), header.get("site", "")
-    import torch
-
     try:
         return torch.load(file, map_location="cpu", weights_only=True), ""
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
@@ -267,8 +266,6 @@ def _content(file: Path) -> tuple[Any, str]:
 
 
 def _array(tensor: Any, file: Path) -> np.ndarray:
-    import torch
-
     if not isinstance(tensor, torch.Tensor | np.ndarray):
         raise ModelError(f"{file}: expected tensors, found {type(tensor).__name__}")
     return torch.as_tensor(tensor).float().numpy()

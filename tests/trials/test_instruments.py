@@ -10,11 +10,11 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 import pytest
-from released import made_up, needs_release, same
+from released import ROOT, made_up, needs_release, same
 
 from relseek_assets.study import load_study
 from relseek_assets.trial import Analysis, RawTable, Trial
-from relseek_assets.trials import covariates, raw
+from relseek_assets.trials import covariates, published, raw
 from relseek_assets.trials.instruments import INSTRUMENTS, SCHEMA
 from relseek_assets.trials.participants import CLUSTERS
 from relseek_assets.trials.psychometrics import SCALES
@@ -322,6 +322,19 @@ def assert_published(row: Any, **expected: float) -> None:
 
 
 @needs_release
+@pytest.mark.parametrize("name", [name for name in INSTRUMENTS if name != "vulnerability"])  # of which nothing is published
+def test_every_published_number_of_an_instrument_has_its_row_and_no_whole_one_differs(trial: Trial, release: Release, name: str) -> None:
+    stated = published.published("kirk2025", Path(ROOT))
+    rows = {table: len(found) for table, found in release[0].items()}
+    found = published.compare(
+        stated[stated["asset"] == name], {name: computed(trial, name, *release)}, published.incomplete_data(trial, rows, stated)
+    )
+    differing = found[found["verdict"] == published.DIFFERS]
+    assert differing.empty, differing[["study", "outcome", "test", "quantity", "published", "computed"]].to_string()
+    assert (found["verdict"] == published.AGREES).sum() > 10
+
+
+@needs_release
 def test_the_published_comparisons(trial: Trial, release: Release) -> None:
     rows = computed(trial, "comparisons", *release)
     ratio = one(rows, "goodbye odds ratios", study="cross_sectional", term="neg1 / zero")
@@ -329,7 +342,7 @@ def test_the_published_comparisons(trial: Trial, release: Release) -> None:
     association = one(rows, "chi-squared", study=None, grouping="study", outcome="goodbye_action")
     assert_published(association, statistic=89.5378)
     assert association["details"]["min_expected"] == pytest.approx(552.4113, abs=6e-5)
-    share = one(rows, "answers", study=None, grouping="study", outcome="goodbye_action", term="longitudinal: 1")
+    share = one(rows, "answers", study="longitudinal", grouping="study", outcome="goodbye_action", term="1")
     assert share["estimate"] == pytest.approx(0.439011, abs=6e-7) and share["n"] == 1820
     treated = one(rows, "cross-study change", grouping="study", outcome="psychosocial_F1", term="study[T.longitudinal]")
     assert_published(treated, estimate=0.0504, lower=0.0135, upper=0.0874, p=0.0075)

@@ -153,7 +153,7 @@ def test_half_a_file_makes_its_outcomes_incomplete_and_no_others() -> None:
     rows = dict.fromkeys(trial.tables, 10_000) | {"relational": 149, "mood": 0}
     found = published.incomplete_data(trial, rows, published.published("kirk2025", None))
     assert found["tool_friend"] == found["relational"] == "relational: 149 of 9007 rows are there"
-    assert found["valence"] == "mood is not there"
+    assert found["valence"] == "mood is absent or at fault"
     assert set(found) == {"relational", "mood", "tool_friend", "ios_scale", "personalisation_sensecheck", "valence", "arousal"}
 
 
