@@ -208,7 +208,6 @@ def build(stage: Stage) -> None:
 
         yield from by_outcome(work, steps.robustness, "trial_forms", "trial_fits", options=options, people=people)
 
-
     for name in trial.analyses:
         published_instrument(stage, trial, INSTRUMENTS[name])
 

@@ -389,8 +389,9 @@ def test_the_published_scores_and_types(trial: Trial, release: Release) -> None:
     assert related["estimate"] == pytest.approx(0.3878, abs=6e-5)
     sizes = {name: one(rows, "types", grouping="imported", outcome="cluster_name", term=name)["details"]["count"] for name in CLUSTERS}
     assert sizes == {"Anthro Skeptic": 1561, "Anthro Enthusiast": 1973}
-    welch = one(rows, "types", grouping="imported", term="Anthro Enthusiast - Anthro Skeptic")
-    assert abs(welch["estimate"] - (0.511984 + 0.647114)) < 2e-6
+    difference = one(rows, "types", grouping="imported", term="Anthro Enthusiast - Anthro Skeptic")
+    assert abs(difference["estimate"] - (0.511984 + 0.647114)) < 2e-6
+    assert difference["statistic"] == pytest.approx(45.847648, abs=6e-7)
 
 
 @needs_release
