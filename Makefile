@@ -62,7 +62,7 @@ $(BIN)/pip:
 
 $(INSTALLED): | $(BIN)/pip
 	@echo "installing relseek and its requirements (once, about 2 minutes and 2 GB)"
-	@$(call PIP,install -c constraints.txt -e .)
+	@$(call PIP,install -c constraints.txt -e '.[distributed]')
 	@$(call PIP,install --no-deps $(EMBEDDED))
 	@rm -f $(VENV)/.installed-*; touch $@
 

@@ -9,19 +9,22 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
-from functools import wraps
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 # Two torch threads that spin while they wait starve each other as soon as anything else runs; must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from relseek_assets.behaviour import BehaviourError
-from relseek_assets.study import Study, StudyError, load_study, study_names
-from relseek_resources.models.loading import ModelError
+from relseek_assets.commands import Group as _Group
+from relseek_assets.commands import explained as _explained
+from relseek_assets.commands import workspace_of as _workspace
+from relseek_assets.persona_set import read_persona_set
+from relseek_assets.steer import steer
+from relseek_assets.study import Study, load_study, study_names
+from relseek_assets.vectors.commands import vectors
 from relseek_resources.storage import StorageError
 
 if TYPE_CHECKING:
@@ -30,40 +33,6 @@ if TYPE_CHECKING:
     from relseek_assets.planning import Task, Workspace
     from relseek_assets.trial import Trial
     from relseek_assets.trials.registration import Ran
-
-
-def _explained(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn the project's own errors into one readable line and exit status 1."""
-
-    @wraps(function)
-    def wrapped(*arguments: Any, **options: Any) -> Any:
-        from relseek_assets.exchange import ExchangeError
-        from relseek_assets.planning import PlanError
-        from relseek_assets.trials.raw import TrialFault
-
-        try:
-            return function(*arguments, **options)
-        except (StudyError, BehaviourError, StorageError, ModelError, PlanError, ExchangeError, TrialFault) as error:
-            raise click.ClickException(str(error)) from error
-
-    return wrapped
-
-
-def _workspace(study: Study | str) -> Workspace:
-    from dagster import DagsterInstance
-
-    from relseek_assets.planning import Workspace
-    from relseek_assets.stage import dagster_home
-
-    os.environ["DAGSTER_HOME"] = str(dagster_home())
-    return Workspace(load_study(study) if isinstance(study, str) else study, DagsterInstance.get())
-
-
-class _Group(click.Group):
-    """Keeps commands in the order in which a user meets them."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -89,7 +58,13 @@ def studies() -> None:
         study = load_study(name)
         if study.trial is not None:
             size = f"{len(study.trial.keys)} outcomes of {len(study.trial.study.values)} studies, {len(study.trial.tables)} files"
+            size += f"; published vectors of {len(study.sites)} sites" if study.published.vectors else ""
             click.echo(f"{name:24} {study.kind:6} {size}\n{'':24} {study.title}\n{'':24} {study.path}")
+            continue
+        if study.contrastive:
+            personas = read_persona_set(study.persona_folder)
+            size = f"{len(personas.personas)} personas x {len(personas.queries)} queries, {', '.join(model.name for model in study.models)}"
+            click.echo(f"{name:24} {study.kind} {size}\n{'':24} {study.title}\n{'':24} {study.path}")
             continue
         epochs = sum(len(model.layers) * len(model.epochs_evaluated) for model in study.models)
         click.echo(
@@ -112,6 +87,8 @@ def run(study: str, select: tuple[str, ...], dry_run: bool) -> None:
     changed = workspace.observe()
     if changed:
         click.echo(f"new versions of: {', '.join(changed)}")
+    for line in workspace.unmet(select):
+        click.echo(line)
     tasks = workspace.plan(select)
     if not tasks:
         click.echo(f"{workspace.study.name}: everything is fresh, nothing to compute")
@@ -155,7 +132,10 @@ def _print_plan(tasks: list[Task]) -> None:
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @_explained
 def status(study: str, partitions: bool, form: str) -> None:
-    """Say what is missing, stale, fresh or imported in STUDY, by asset and partition."""
+    """Say what is missing, stale, fresh, imported or absent in STUDY, by asset and partition.
+
+    Absent is what would be made from published files that are not here, or from another study that has not been run; no run asks for it.
+    """
     workspace = _workspace(study)
     workspace.observe()
     states = workspace.states()
@@ -166,12 +146,13 @@ def status(study: str, partitions: bool, form: str) -> None:
         ]
         click.echo(json.dumps(rows, indent=1))
         return
-    click.echo(f"{'asset':24} {'missing':>8} {'stale':>8} {'fresh':>8} {'imported':>9}  first reason")
+    shown = ("missing", "stale", "fresh", "imported", "absent")
+    click.echo(f"{'asset':24} {'missing':>8} {'stale':>8} {'fresh':>8} {'imported':>9} {'absent':>7}  first reason")
     for name in workspace.order():
         mine = {partition: state for (asset, partition), state in states.items() if asset == name}
-        counts = {status: sum(state.status == status for state in mine.values()) for status in ("missing", "stale", "fresh", "imported")}
+        missing, stale, fresh, imported, absent = (sum(state.status == status for state in mine.values()) for status in shown)
         reason = next((state.reason for state in mine.values() if state.reason), "")
-        click.echo(f"{name:24} {counts['missing']:8d} {counts['stale']:8d} {counts['fresh']:8d} {counts['imported']:9d}  {reason}")
+        click.echo(f"{name:24} {missing:8d} {stale:8d} {fresh:8d} {imported:9d} {absent:7d}  {reason}")
         if partitions:
             for partition, state in mine.items():
                 click.echo(f"    {partition or 'all':32} {state.status:9} {state.reason}")
@@ -458,6 +439,10 @@ def import_scores(study: str, file: Path, note: str) -> None:
     from relseek_assets.exchange import import_scores as bring
 
     click.echo(bring(_workspace(study), file, note))
+
+
+main.add_command(vectors)
+main.add_command(steer)
 
 
 @main.command()

@@ -10,6 +10,7 @@ from typing import Any
 import dagster as dg
 
 from relseek_assets import sources
+from relseek_assets.axes import assets as axes
 from relseek_assets.dataset import assets as dataset
 from relseek_assets.dataset import checks as dataset_checks
 from relseek_assets.judging import assets as judging
@@ -23,29 +24,32 @@ from relseek_assets.sweeps import assets as sweeps
 from relseek_assets.trials import assets as trials
 from relseek_assets.trials import checks as trials_checks
 from relseek_assets.vectors import assets as vectors
-from relseek_resources.compute import ModelLoader
+from relseek_resources.compute import Launcher, ModelLoader
 
 STEERED = (dataset, vectors, sweeps, judging, selection)
+CONTRASTIVE = (vectors, axes)
 STEERED_CHECKS = (dataset_checks, judging_checks, selection_checks)
 
 
 def build_stage(study: Study) -> Stage:
     """The assets of a study, without Dagster's code location around them."""
     stage = Stage(study)
-    for module in (*(STEERED if study.steered else ()), *((trials,) if study.trial is not None else ()), reports):
+    published = (vectors,) if study.published.vectors else ()
+    modules = STEERED if study.steered else CONTRASTIVE if study.contrastive else published
+    for module in (*modules, *((trials,) if study.trial is not None else ()), reports):
         module.build(stage)
     return stage
 
 
 def build_definitions(study: Study, **overrides: Any) -> dg.Definitions:
-    """One code location from one study; `overrides` replace the resources `store` and `models`."""
+    """One code location from one study; `overrides` replace the resources `store`, `models` and `launcher`."""
     stage = build_stage(study)
     checks = (*(STEERED_CHECKS if study.steered else ()), *((trials_checks,) if study.trial is not None else ()))
     return dg.Definitions(
         assets=[*(asset.definition for asset in stage.catalogue.values()), *sources.assets(study)],
         asset_checks=[check for module in checks for check in module.build(stage)],
         sensors=[sources.changed_files(study)],
-        resources={"store": Store(), "models": ModelLoader(), **overrides},
+        resources={"store": Store(), "models": ModelLoader(), "launcher": Launcher(), **overrides},
         executor=dg.in_process_executor,
     )
 

@@ -6,6 +6,8 @@ Here belong checks at the door and provenance. An imported partition is recorded
 from __future__ import annotations
 
 import csv
+import hashlib
+import importlib.metadata
 import io
 import json
 import os
@@ -27,12 +29,13 @@ from relseek_assets.judging.tables import JUDGE_SCORES
 from relseek_assets.partitions import multi_key, step_key
 from relseek_assets.planning import Workspace
 from relseek_assets.stage import StageAsset
-from relseek_assets.study import study_file
+from relseek_assets.study import layer_of, study_file
 from relseek_assets.sweeps.tables import GENERATIONS
 from relseek_assets.vectors.tables import provenance
 from relseek_resources import storage
 from relseek_resources.models.loading import describe
 from relseek_resources.storage import StorageError
+from relseek_resources.vector_files import read_vectors, write_vectors
 
 CELL = ("site", "epoch", "multiplier")
 
@@ -117,6 +120,39 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def export_vector(workspace: Workspace, site: str, epoch: int, form: str, file: Path) -> str:
+    """Write a site's vector as a file for other programs: with its whole provenance where the format has a place for it.
+
+    Raises:
+        ExchangeError: no such site or epoch, or it has not been computed.
+        VectorFileError: the format has no place for it.
+    """
+    study = workspace.study
+    partition = _partition(workspace, "steering_vectors", site, epoch, None, str(file))
+    path = workspace.path("steering_vectors", partition)
+    state = workspace.state(workspace.lineage(), ("steering_vectors", partition))
+    if not path.is_file():
+        raise ExchangeError(f"steering_vectors {partition} has not been computed; `relseek run {study.name} --select steering_vectors` does it")
+    tensors, header = storage.read_tensors(path)
+    vector = tensors["vector"]
+    lineage, key = workspace.lineage(), workspace.stage.key("steering_vectors")
+    written = {
+        **header,
+        "study": study.name,
+        "layer": str(layer_of(site)),
+        "width": str(len(vector)),
+        "norm": repr(float(np.linalg.norm(vector))),
+        "vector_sha256": hashlib.sha256(vector.tobytes()).hexdigest(),
+        "data_version": state.version or "",
+        "input_versions": json.dumps(lineage.input_versions(key, partition), sort_keys=True),
+        "relseek": importlib.metadata.version("relseek"),
+    }
+    model = describe(study.model_of(site).source)
+    write_vectors(file, form, {layer_of(site): vector}, written, model.model_type if model else header["model"])
+    told = f" ({state.status}: {state.reason})" if state.status == "stale" else ""
+    return f"{study.name}: steering_vectors {partition}{told}, norm {np.linalg.norm(vector):.3f}, is now {file} ({form})"
+
+
 # --- in ---------------------------------------------------------------------------------------------------------------
 
 
@@ -137,30 +173,28 @@ def _record(workspace: Workspace, name: str, partition: str | None, version: str
 
 
 def import_vector(workspace: Workspace, file: Path, site: str, epoch: int, note: str = "") -> str:
-    """Put a vector made elsewhere in the place of a site's epoch.
+    """Put a vector made elsewhere in the place of a site's epoch: a safetensors, `.pt` or GGUF file.
 
     Raises:
-        StorageError: truncated, NaN, another width.
-        ExchangeError: no such site or epoch, or not exactly one vector in the file.
+        VectorFileError: truncated, no floating point, NaN, another width or shape, or a vector for another block than the site's.
+        ExchangeError: no such site or epoch.
     """
     partition = _partition(workspace, "steering_vectors", site, epoch, None, str(file))
-    tensors, header = storage.read_tensors(file)
-    if len(tensors) != 1:
-        raise ExchangeError(f"{file}: expected one tensor, found {sorted(tensors) or 'none'}; save the vector alone")
+    read = read_vectors(file)
     model = workspace.study.model_of(site)
-    description = describe(model.source)
-    vector = storage.check_finite(next(iter(tensors.values())).squeeze(), f"{file}: the vector", description.width if description else None)
+    vector = read.at(layer_of(site), model.known_width)
     details = [
         ("model", model.source),
         ("imported_from", str(file.resolve())),
         ("sha256", storage.file_sha256(file)),
         ("note", note),
-        ("original_header", json.dumps(header)),
+        ("original_header", json.dumps(dict(read.provenance))),
     ]
     version = storage.write_tensors(workspace.path("steering_vectors", partition), {"vector": vector}, provenance(site, epoch, "imported", details))
     _record(workspace, "steering_vectors", partition, version, file, note, norm=float(np.linalg.norm(vector)))
-    name = workspace.study.name
-    return f"{name}: steering_vectors {partition} is now {file.name} (norm {np.linalg.norm(vector):.3f}); `relseek run {name}` computes what follows"
+    name, maker = workspace.study.name, read.provenance.get("model", model.source)
+    told = f"{file.name} (norm {np.linalg.norm(vector):.3f}" + (")" if maker == model.source else f"; made for {maker}, used with {model.source})")
+    return f"{name}: steering_vectors {partition} is now {told}; `relseek run {name}` computes what follows"
 
 
 def import_generations(workspace: Workspace, file: Path, note: str = "") -> str:
@@ -260,8 +294,9 @@ def _import_cells(workspace: Workspace, name: str, frame: pd.DataFrame, file: Pa
 
 def _partition(workspace: Workspace, name: str, site: str, epoch: int, multiplier: float | None, where: str) -> str:
     study = workspace.study
-    if site not in study.sites:
-        raise ExchangeError(f"{where}: site {site!r} is not in {study.path}; its sites are {', '.join(study.sites)}")
+    sites = [*study.sites, *study.derived_sites]
+    if site not in sites:
+        raise ExchangeError(f"{where}: site {site!r} is not in {study.path}; its sites are {', '.join(sites)}")
     key = multi_key(site, step_key(epoch, multiplier))
     if str(key) not in [str(found) for found in workspace.partitions(name)]:
         raise ExchangeError(f"{where}: {name} of {study.name} has no partition {key}; add the epoch or dose to {study.path}")

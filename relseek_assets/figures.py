@@ -70,7 +70,8 @@ def svg(figure: Figure) -> str:
 def _styled(frame: pd.DataFrame, by: list[str]) -> Iterator[tuple[str, pd.DataFrame, dict[str, Any]]]:
     for number, (names, part) in enumerate(frame.groupby(by)):
         label = " ".join(f"epoch {name}" if isinstance(name, int) else str(name) for name in (names if isinstance(names, tuple) else (names,)))
-        yield label, part, {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+        marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]  # the eighth line has the first's colour and another marker
+        yield label, part, {"color": COLOURS[number % len(COLOURS)], "marker": marker}
 
 
 def dose_response(frame: pd.DataFrame, rubric: str) -> Figure:
@@ -101,6 +102,76 @@ def training_curves(frame: pd.DataFrame) -> Figure:
     left.set(xlabel="epoch", ylabel="held-out loss (nats)", ylim=(0, 1.08 * frame["loss"].max()), title="BiPO loss")
     right.set(xlabel="epoch", ylabel="sign-correct accuracy", ylim=(0, 1.05), title="Accuracy ± standard error")
     left.legend(fontsize=7)
+    return figure
+
+
+def margin_curves(frame: pd.DataFrame) -> Figure:
+    """Held-out margin of rewards by epoch, at both signs of d."""
+    figure, (axes,) = blank()
+    for label, line, style in _styled(frame, ["site"]):
+        for sign, dash in ((1, "-"), (-1, "--")):
+            part = line[line["direction"] == sign].sort_values("epoch")
+            axes.plot(part["epoch"], part["margin"], linestyle=dash, label=f"{label} d={sign:+d}", **style)
+    axes.axhline(0, color="grey", linewidth=0.6)
+    axes.set_xticks(sorted(frame["epoch"].unique()))
+    axes.set(xlabel="epoch", ylabel="β (log-ratio chosen - rejected) (nats)", title="Held-out margin")
+    axes.legend(fontsize=7)
+    return figure
+
+
+def vector_cosines(frame: pd.DataFrame) -> Figure:
+    """Cosine of each epoch's vector with the last, one line a site."""
+    figure, (axes,) = blank()
+    for label, line, style in _styled(frame.dropna(subset=["cosine_to_last"]), ["site"]):
+        axes.plot(line["epoch"], line["cosine_to_last"], label=label, **style)
+    axes.set(xlabel="epoch", ylabel="cosine with the last epoch's vector", title="Direction by epoch")
+    axes.set_ylim(top=1.02)
+    axes.set_xticks(sorted(frame["epoch"].unique()))
+    axes.legend(fontsize=8)
+    return figure
+
+
+def cosine_matrix(frame: pd.DataFrame) -> Figure:
+    """Cosine of every pair of vectors, as a square a pair."""
+    figure, (axes,) = blank(1, 6.0, 5.2)
+    ends = [frame[f"site_{side}"] + " " + frame[f"step_{side}"] for side in "ab"]
+    studies = {*frame["study_a"], *frame["study_b"]}
+    if len(studies) > 1:
+        ends = [frame[f"study_{side}"] + " " + end for side, end in zip("ab", ends, strict=True)]
+    if len({*frame["site_a"], *frame["site_b"]}) == 1:
+        ends = [frame["step_a"], frame["step_b"]]
+    names = list(dict.fromkeys([*ends[0], *ends[1]]))
+    matrix = pd.DataFrame(float("nan"), names, names)
+    for first, second, cosine in zip(*ends, frame["cosine"], strict=True):
+        matrix.loc[first, second] = matrix.loc[second, first] = cosine
+    for name in names:
+        matrix.loc[name, name] = 1.0
+    picture = axes.imshow(matrix.to_numpy(), vmin=-1, vmax=1, cmap="PuOr_r")
+    axes.grid(visible=False)
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    if len(names) <= 10:
+        for row, first in enumerate(names):
+            for column, second in enumerate(names):
+                value = matrix.loc[first, second]
+                if value == value:
+                    axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if abs(value) > 0.7 else "black")
+    figure.colorbar(picture, ax=axes, label="cosine")
+    axes.set_title("Cosine between vectors (white: not comparable)")
+    return figure
+
+
+def axis_alignment(frame: pd.DataFrame) -> Figure:
+    """Cosine of each vector with a persona axis by the axis's layer, a line a vector and extraction; the vector's own layer is marked."""
+    figure, (axes,) = blank(1, 6.4, 3.6)
+    for label, line, style in _styled(frame, ["site_a", "step_a", "step_b"]):
+        line = line.sort_values("layer_b")
+        own = line[line["layer_b"] == line["layer_a"]]
+        axes.plot(line["layer_b"], line["cosine"], color=style["color"], label=label)
+        axes.plot(own["layer_b"], own["cosine"], linestyle="none", **style)
+    axes.axhline(0, color="grey", linewidth=0.6)
+    axes.set(xlabel="layer of the axis", ylabel="cosine with the axis", title="Vectors along the persona axis (marked: own layer)")
+    axes.legend(fontsize=7)
     return figure
 
 

@@ -32,7 +32,7 @@ from dagster._core.loader import LoadingContext
 from relseek_resources.storage import content_version
 
 SOURCE_TAG = "relseek/source"  # `imported` on partitions that came from a file instead of a run
-NO_EVENT = "NULL"
+NO_EVENT = "-1"  # before every event; with Dagster's own word, NULL, the resolver takes an input that arrives later for unchanged
 MOST_IDS_OF_A_QUERY = 500  # SQLite allows 999 variables in a statement
 
 #: Metadata that keeps Dagster from adding an event of its own to an output: ours, with its own version, is there already.
@@ -69,22 +69,15 @@ class _LatestRecords:
     def of(self, key: dg.AssetKey, partition: str | None) -> Any:
         if key not in self._found:
             node = self._graph.get(key)
-            self._found[key] = self._by_partition(key, node.is_external) if node.is_partitioned else {}
+            self._found[key] = latest_by_partition(self._instance, key, self._observed(key)) if node.is_partitioned else {}
         known = self._found[key]
         if partition is None and None not in known:
-            known[None] = self._instance.get_latest_data_version_record(key, self._graph.get(key).is_external)
+            known[None] = self._instance.get_latest_data_version_record(key, self._observed(key))
         return known.get(None if partition is None else str(partition))
 
-    def _by_partition(self, key: dg.AssetKey, is_external: bool) -> dict[str | None, Any]:
-        kind = dg.DagsterEventType.ASSET_OBSERVATION if is_external else dg.DagsterEventType.ASSET_MATERIALIZATION
-        storage = self._instance.event_log_storage
-        places = list(storage.get_latest_storage_id_by_partition(key, kind).values())
-        found: dict[str | None, Any] = {}
-        for start in range(0, len(places), MOST_IDS_OF_A_QUERY):
-            chosen = places[start : start + MOST_IDS_OF_A_QUERY]
-            for record in storage.get_event_records(dg.EventRecordsFilter(event_type=kind, asset_key=key, storage_ids=chosen)):
-                found[record.partition_key] = record
-        return found
+    def _observed(self, key: dg.AssetKey) -> bool:
+        """Whether an asset's versions come from observations; an external asset that is not observed is another study's, and materialised there."""
+        return self._graph.get(key).is_observable
 
     def get_latest_materialization_or_observation_record(self, asset_partition: Any) -> Any:
         return self.of(asset_partition.asset_key, asset_partition.partition_key)
@@ -98,14 +91,33 @@ class _LatestRecords:
         after_cursor: int | None = None,
     ) -> Any:
         if before_cursor is not None:
-            return self._instance.get_latest_data_version_record(key, is_source, partition_key, before_cursor, after_cursor)
+            return self._instance.get_latest_data_version_record(key, self._observed(key), partition_key, before_cursor, after_cursor)
         found = self.of(key, partition_key)
         return None if found is None or (after_cursor is not None and found.storage_id <= after_cursor) else found
 
 
+def latest_by_partition(instance: dg.DagsterInstance, key: dg.AssetKey, observed: bool) -> dict[str | None, Any]:
+    """Partition -> its latest observation or materialisation, in two queries."""
+    kind = dg.DagsterEventType.ASSET_OBSERVATION if observed else dg.DagsterEventType.ASSET_MATERIALIZATION
+    storage = instance.event_log_storage
+    places = list(storage.get_latest_storage_id_by_partition(key, kind).values())
+    found: dict[str | None, Any] = {}
+    for start in range(0, len(places), MOST_IDS_OF_A_QUERY):
+        chosen = places[start : start + MOST_IDS_OF_A_QUERY]
+        for record in storage.get_event_records(dg.EventRecordsFilter(event_type=kind, asset_key=key, storage_ids=chosen)):
+            found[record.partition_key] = record
+    return found
+
+
+def version_of(record: Any) -> str | None:
+    """The data version that an event carries, or None where there is no event."""
+    found = None if record is None else extract_data_version_from_entry(record.event_log_entry)
+    return None if found is None else found.value
+
+
 @dataclass(frozen=True)
 class State:
-    """Whether one partition is `missing`, `stale`, `fresh` or `imported`, and why it is stale."""
+    """Whether one partition is `missing`, `stale`, `fresh` or `imported`, or `absent`: what it is made from is not here; and why."""
 
     status: str
     reason: str = ""
@@ -145,19 +157,21 @@ class Lineage:
 
     def version(self, key: dg.AssetKey, partition: str | None) -> str | None:
         """The data version of a partition, or None where it was never materialised or observed."""
+        return version_of(self.record(key, partition))
+
+    def imported(self, key: dg.AssetKey, partition: str | None) -> bool:
+        """Whether a partition came from a file instead of a run."""
         record = self.record(key, partition)
-        found = None if record is None else extract_data_version_from_entry(record.event_log_entry)
-        return None if found is None else found.value
+        event = None if record is None else record.event_log_entry.asset_materialization
+        return event is not None and (event.tags or {}).get(SOURCE_TAG) == "imported"
 
     def state(self, key: dg.AssetKey, partition: str | None) -> State:
         """Dagster's own verdict on one partition, one hop upstream, with the first reason in words."""
         status = self._resolver.get_status(key, partition)
         if status == StaleStatus.MISSING or self._resolver.get_current_data_version(key, partition) == NULL_DATA_VERSION:
             return State("missing")
-        record = self.record(key, partition)
-        event = record.event_log_entry.asset_materialization
         version = self.version(key, partition)
-        if event is not None and (event.tags or {}).get(SOURCE_TAG) == "imported":
+        if self.imported(key, partition):
             return State("imported", version=version)
         if status == StaleStatus.FRESH:
             return State("fresh", version=version)
@@ -217,7 +231,8 @@ class Lineage:
 
 def observation(key: dg.AssetKey, version: str, metadata: Mapping[str, Any], partition: str | None = None) -> dg.AssetObservation:
     """The event that gives an external file its data version; only observations make its readers stale."""
-    tags = {DATA_VERSION_TAG: version, DATA_VERSION_IS_USER_PROVIDED_TAG: "true"}
+    dimensions = get_tags_from_multi_partition_key(partition) if isinstance(partition, MultiPartitionKey) else {}
+    tags = {**dimensions, DATA_VERSION_TAG: version, DATA_VERSION_IS_USER_PROVIDED_TAG: "true"}
     return dg.AssetObservation(key, partition=partition, metadata=dict(metadata), tags=tags)
 
 

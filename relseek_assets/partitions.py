@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import dagster as dg
 
-from relseek_assets.study import Study
+from relseek_assets.study import DerivedSite, Study, StudyError, layer_of
 from relseek_assets.trial import Trial
+from relseek_resources.axes_release import EXTRACTIONS, MODELS
 
 # Multi-dimensional mappings and backfill policies are marked beta in 1.13; tests pin what we rely on.
 warnings.filterwarnings("ignore", category=dg.BetaWarning)
@@ -65,19 +67,43 @@ def step_order(key: str) -> tuple[str, float]:
     return epoch, float(dose.replace("_", ".")) if dose else 0.0
 
 
+def removed_from(found: DerivedSite, used: Study) -> tuple[str, int]:
+    """The site and epoch of `used` whose vector a derived one is without.
+
+    Raises:
+        StudyError: `used` has no such site or epoch, or another model there.
+    """
+    remove, study = found.declared.remove, found.declared.name
+    site = remove.site or next((site for site in used.sites if layer_of(site) == layer_of(found.site)), "")
+    if site not in used.sites:
+        raise StudyError(f"derived {study}: study {used.name} has no site {remove.site or found.site}; its sites are {', '.join(used.sites)}")
+    trained = used.model_of(site).epochs_trained
+    epoch = trained if remove.epoch is None else remove.epoch
+    if not 1 <= epoch <= trained:
+        raise StudyError(f"derived {study}: study {used.name} trains {trained} epochs; correct remove.epoch {epoch}")
+    return site, epoch
+
+
 class Partitions:
     """The partitions definitions of one study."""
 
     def __init__(self, study: Study) -> None:
         trained = sorted({epoch for model in study.models for epoch in range(1, model.epochs_trained + 1)})
-        evaluated = sorted({epoch for model in study.models for epoch in model.epochs_evaluated})
+        changed = {found.epoch for found in study.derived_sites.values()}
+        evaluated = sorted({epoch for model in study.models for epoch in model.epochs_evaluated} | changed)
         doses = sorted(study.doses.generated)
         self.site = dg.StaticPartitionsDefinition(list(study.sites))
-        self.site_by_epoch = self._multi([step_key(epoch) for epoch in trained])
-        self.site_by_evaluated_epoch = self._multi([step_key(epoch) for epoch in evaluated])
-        self.site_by_dose = self._multi([step_key(epoch, dose) for epoch in evaluated for dose in doses])
+        # derived vectors are swept, judged and selected beside the others
+        self.swept_site = dg.StaticPartitionsDefinition([*study.sites, *study.derived_sites])
+        self.derived_site = dg.StaticPartitionsDefinition(list(study.derived_sites))
+        self.site_by_epoch = self._multi(self.site, [step_key(epoch) for epoch in trained])
+        self.derived_by_epoch = self._multi(self.derived_site, [step_key(epoch) for epoch in sorted(changed)])
+        self.site_by_evaluated_epoch = self._multi(self.swept_site, [step_key(epoch) for epoch in evaluated])
+        self.site_by_dose = self._multi(self.swept_site, [step_key(epoch, dose) for epoch in evaluated for dose in doses])
         self.step_to_doses = {step_key(epoch): {step_key(epoch, dose) for dose in doses} for epoch in evaluated}
         self._evaluated = [step_key(epoch) for epoch in evaluated]
+        self.model = dg.StaticPartitionsDefinition([model.name for model in study.models])
+        self.published_axis = dg.StaticPartitionsDefinition([f"{model}:{extraction}" for model in MODELS for extraction in EXTRACTIONS])
         self._study = study
 
         if study.trial is not None:
@@ -88,8 +114,8 @@ class Partitions:
         self.outcome = dg.StaticPartitionsDefinition(list(trial.keys))
         self.family = dg.StaticPartitionsDefinition(list(trial.families) or ["none"])
 
-    def _multi(self, steps: list[str]) -> dg.MultiPartitionsDefinition:
-        return dg.MultiPartitionsDefinition({"site": self.site, "step": dg.StaticPartitionsDefinition(steps)})
+    def _multi(self, sites: dg.StaticPartitionsDefinition, steps: list[str]) -> dg.MultiPartitionsDefinition:
+        return dg.MultiPartitionsDefinition({"site": sites, "step": dg.StaticPartitionsDefinition(steps)})
 
     # --- mappings, named by what the downstream asset sees ------------------------------------------------------------
 
@@ -98,8 +124,37 @@ class Partitions:
         return dg.MultiToSingleDimensionPartitionMapping(partition_dimension_name="site")
 
     def of_my_epoch(self) -> dg.PartitionMapping:
-        """At a dose: the vector of my site and epoch."""
-        return self._steps(dg.StaticPartitionMapping(self.step_to_doses))
+        """At a dose: the vector of my site and epoch, where my site is a trained one."""
+        if not self._study.derived:
+            return self._steps(dg.StaticPartitionMapping(self.step_to_doses))
+        return self._sites_and_steps({site: {site} for site in self._study.sites}, self.step_to_doses)
+
+    def of_my_derived_vector(self) -> dg.PartitionMapping:
+        """At a dose: the vector of my site and epoch, where my site is a derived one."""
+        return self._sites_and_steps({site: {site} for site in self._study.derived_sites}, self.step_to_doses)
+
+    def of_my_origin(self) -> dg.PartitionMapping:
+        """At a derived vector: the vector that it was made from."""
+        sites: dict[str, set[str]] = {}
+        for key, found in self._study.derived_sites.items():
+            sites.setdefault(found.site, set()).add(key)
+        steps = {step_key(found.epoch): {step_key(found.epoch)} for found in self._study.derived_sites.values()}
+        return self._sites_and_steps(sites, steps)
+
+    def of_what_is_removed(self, used: Study) -> dg.PartitionMapping:
+        """At a derived vector: the vectors of another study that are taken out of it. Where two of one site take out different epochs, both."""
+        sites: dict[str, set[str]] = {}
+        steps: dict[str, set[str]] = {}
+        for key, found in self._study.derived_sites.items():
+            if found.declared.remove.study == used.name:
+                site, epoch = removed_from(found, used)
+                sites.setdefault(site, set()).add(key)
+                steps.setdefault(step_key(epoch), set()).add(step_key(found.epoch))
+        return self._sites_and_steps(sites, steps)
+
+    def of(self, *keys: str) -> dg.PartitionMapping:
+        """In an asset whose partitions do not say which: these."""
+        return dg.SpecificPartitionsPartitionMapping(list(keys))
 
     def of_my_doses(self) -> dg.PartitionMapping:
         """At an epoch: every dose of my site and epoch."""
@@ -129,6 +184,15 @@ class Partitions:
         assert self._study.trial is not None, f"{self._study.name} declares no trial"
         return self._study.trial
 
+    def _sites_and_steps(self, sites: Mapping[str, set[str]], steps: Mapping[str, set[str]]) -> dg.PartitionMapping:
+        """From sites and steps upstream to those downstream."""
+        return dg.MultiPartitionMapping(
+            {
+                "site": dg.DimensionPartitionMapping("site", dg.StaticPartitionMapping(dict(sites))),
+                "step": dg.DimensionPartitionMapping("step", dg.StaticPartitionMapping(dict(steps))),
+            }
+        )
+
     def _steps(self, mapping: dg.PartitionMapping) -> dg.PartitionMapping:
         return dg.MultiPartitionMapping(
             {
@@ -142,5 +206,8 @@ class Partitions:
         cell = cell_of(key)
         if cell.site is None or cell.epoch is None:
             return True
+        derived = self._study.derived_sites.get(cell.site)
+        if derived is not None:
+            return cell.epoch == derived.epoch
         model = self._study.model_of(cell.site)
         return cell.epoch <= model.epochs_trained if cell.multiplier is None else cell.epoch in model.epochs_evaluated

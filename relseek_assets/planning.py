@@ -10,7 +10,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,13 +21,15 @@ from dagster._core.storage.tags import ASSET_PARTITION_RANGE_END_TAG, ASSET_PART
 
 from relseek_assets import sources
 from relseek_assets.definitions import build_definitions, build_stage
+from relseek_assets.event_log import kept_open
 from relseek_assets.lineage import Lineage, State
 from relseek_assets.partitions import step_order
 from relseek_assets.stage import StageAsset, Store, multi, partition_order
 from relseek_assets.study import Study
 
 Node = tuple[str, str | None]
-EXPLAINED = ("StorageError", "BehaviourError", "ModelError", "TrialFault")  # errors that say what to do; what they were raised from does not
+# errors that say what to do; what they were raised from does not
+EXPLAINED = ("StorageError", "VectorFileError", "GeometryError", "BehaviourError", "PersonaSetError", "ModelError", "TrialFault")
 PROCESS_TAG = "relseek/process"  # host:pid of the `relseek run` that a run lives in
 
 
@@ -95,7 +97,11 @@ class Workspace:
         """Asset names, upstream first."""
         levels = self.graph.toposorted_asset_keys_by_level
         declared = list(self.catalogue)
-        return [name for level in levels for name in sorted({key.path[-1] for key in level} & self.catalogue.keys(), key=declared.index)]
+        return [name for level in levels for name in sorted(self._mine(level), key=declared.index)]
+
+    def _mine(self, keys: Iterable[dg.AssetKey]) -> set[str]:
+        """Names of the study's own assets among keys; another study's may have the same name."""
+        return {key.path[-1] for key in keys if key.path[0] == self.study.name} & self.catalogue.keys()
 
     def state(self, lineage: Lineage, node: Node) -> State:
         """A partition's state; one whose file is gone is missing whatever the event log says."""
@@ -112,30 +118,67 @@ class Workspace:
         """The state of every partition of the named assets and of all upstream of them.
 
         A partition that is fresh by itself but reads one that is missing or stale is stale because of it. Upstream of an
-        imported partition nothing is asked for.
+        imported partition nothing is asked for. A partition is absent, and never planned, where what it is made from is not here.
         """
         lineage = self.lineage()
         found: dict[Node, State] = {}
 
+        def judged(node: Node) -> State:
+            lacking = self._lacking(lineage, node)
+            if lacking:
+                return State("absent", lacking)
+            state = self.state(lineage, node)
+            if state.status == "imported":
+                return state
+            parents = self._parents(lineage, node)
+            statuses = [visit(parent).status for parent in parents]
+            waiting = [parent[0] for parent, status in zip(parents, statuses, strict=True) if status in ("missing", "stale")]
+            if state.status == "missing" and statuses and set(statuses) == {"absent"}:
+                return State("absent", found[parents[0]].reason)
+            if state.status == "fresh" and waiting:
+                return State("stale", f"waits for {waiting[0]}", state.version)
+            return state
+
         def visit(node: Node) -> State:
             if node not in found:
-                state = self.state(lineage, node)
-                if state.status != "imported":
-                    parents = [
-                        (key.path[-1], multi(partition))
-                        for key, partition in lineage.parents(self.stage.key(node[0]), node[1])
-                        if key.path[-1] in self.catalogue and self.stage.partitions.exists(partition)
-                    ]
-                    waiting = [parent[0] for parent in parents if visit(parent).status in ("missing", "stale")]
-                    if state.status == "fresh" and waiting:
-                        state = State("stale", f"waits for {waiting[0]}", state.version)
-                found[node] = state
+                found[node] = judged(node)
             return found[node]
 
         for name in names or self.order():
             for partition in self.partitions(name):
                 visit((name, partition))
         return found
+
+    def _parents(self, lineage: Lineage, node: Node) -> list[Node]:
+        """What a partition reads of the study's own assets."""
+        return [
+            (key.path[-1], multi(partition))
+            for key, partition in lineage.parents(self.stage.key(node[0]), node[1])
+            if self._mine([key]) and self.stage.partitions.exists(partition)
+        ]
+
+    def _lacking(self, lineage: Lineage, node: Node) -> str:
+        """Why a partition cannot be made: the first input that it needs and that is not here. Empty where there is none, and for imported ones."""
+        name, partition = node
+        needed = {self.stage.key(need) for need in self.catalogue[name].needs}
+        if not needed or lineage.imported(self.stage.key(name), partition):
+            return ""
+        for key, upstream in lineage.parents(self.stage.key(name), partition):
+            if key in needed and lineage.version(key, upstream) in (None, sources.ABSENT):
+                if key.path[0] == self.study.name:
+                    return f"absent from {key.path[-1]}"
+                return f"needs {key.to_user_string()} {upstream or ''}; `relseek run {key.path[0]}` computes it"
+        return ""
+
+    def unmet(self, select: Sequence[str] = ()) -> list[str]:
+        """What of the selection waits for another study, a line an asset."""
+        lineage = self.lineage()
+        lines = []
+        for name in [self.asset(chosen).name for chosen in select] or self.order():
+            if any("/" in need for need in self.catalogue[name].needs):
+                reasons = [reason for key in self.partitions(name) if (reason := self._lacking(lineage, (name, key)))]
+                lines += [f"{name}: {_count(len(reasons), 'partition')} left out: {reasons[0]}"] if reasons else []
+        return lines
 
     # --- plan ---------------------------------------------------------------------------------------------------------
 
@@ -178,7 +221,7 @@ class Workspace:
         Raises:
             PlanError: a step failed; what was finished before it is kept, and a second call goes on from there.
         """
-        with self._alone():
+        with self._alone(), kept_open(self.instance):
             return self._run(select, say)
 
     @contextmanager

@@ -25,7 +25,7 @@ from relseek_assets.lineage import ALREADY_RECORDED, Lineage
 from relseek_assets.partitions import Partitions, cell_of
 from relseek_assets.study import Study
 from relseek_resources import storage
-from relseek_resources.compute import ModelLoader
+from relseek_resources.compute import Launcher, ModelLoader
 from relseek_resources.storage import StorageError, TableSchema, content_version
 
 TABLE, VECTORS, PAGE = "parquet", "safetensors", "html"
@@ -64,7 +64,7 @@ class StageAsset:
 
     `schema` is None unless they are tables, and a mapping where every partition is a table of its own shape. `view` turns the rows of all
     partitions into what readers are shown, where a column depends on partitions beside. `seconds` is the stated estimate for one
-    partition, used until a run has measured it.
+    partition, used until a run has measured it. `needs` names the inputs without which a partition cannot be: where theirs is absent, it is.
     """
 
     name: str
@@ -73,6 +73,7 @@ class StageAsset:
     schema: TableSchema | Mapping[str, TableSchema] | None = None
     seconds: float = 0.1
     view: Callable[[pd.DataFrame], pd.DataFrame] | None = None
+    needs: tuple[str, ...] = ()
 
     def schema_of(self, partition: str | None) -> TableSchema:
         assert self.schema is not None, f"{self.name} is no table"
@@ -93,13 +94,14 @@ class Work:
     partitions: list[str | None]
     _inputs: dict[str | None, dict[str, str]] = field(default_factory=dict)
     _clock: float = field(default_factory=time.monotonic)
+    _statuses: dict[str, int] = field(default_factory=dict)
 
     @property
     def log(self) -> Any:
         return self.context.log
 
     def key(self, asset: str) -> dg.AssetKey:
-        return dg.AssetKey([self.study.name, asset])
+        return key_of(self.study, asset)
 
     def read_table(self, asset: str, partition: str | None = None) -> pd.DataFrame:
         """One partition of an upstream table."""
@@ -143,7 +145,7 @@ class Work:
         if status:
             version = content_version([version, status])
             shown[STATUS] = status
-            self.log.warning(f"{self.me.name} {partition or ''}: {status}")
+            self._statuses[status] = self._statuses.get(status, 0) + 1
         if not isinstance(self.me.schema, TableSchema):
             shown |= _column_metadata(schema)
         return self._recorded(partition, path, version, {**shown, **(metadata or {})})
@@ -177,6 +179,11 @@ class Work:
         shown = {"path": dg.MetadataValue.path(str(path)), "seconds": round(seconds, 3), "bytes": path.stat().st_size, **metadata}
         plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in shown.items()}  # Dagster wants plain numbers
         return self.lineage.materialisation(self.context.asset_key, partition, version, self._inputs[partition], plain)
+
+    def say_statuses(self) -> None:
+        """Log once why partitions hold nothing, and how many."""
+        for status, count in self._statuses.items():
+            self.log.warning(f"{self.me.name}: {count} partition{'' if count == 1 else 's'} without results: {status}")
 
     def progress(self, total: int, unit: str, what: str = "") -> "Progress":
         """A bar in the terminal and a line in the run's log every few seconds."""
@@ -230,6 +237,11 @@ def preview(frame: pd.DataFrame, rows: int = 5) -> dg.MetadataValue:
     return dg.MetadataValue.md("\n".join(lines))
 
 
+def key_of(study: Study, asset: str) -> dg.AssetKey:
+    """The key of an asset of `study`, or of another study's, written `STUDY/ASSET`."""
+    return dg.AssetKey(asset.split("/") if "/" in asset else [study.name, asset])
+
+
 class Stage:
     """Collects the assets of one study; each stage's `assets.py` adds its own."""
 
@@ -240,13 +252,13 @@ class Stage:
         self._owners = owners
 
     def key(self, asset: str) -> dg.AssetKey:
-        return dg.AssetKey([self.study.name, asset])
+        return key_of(self.study, asset)
 
     @cached_property
     def graph(self) -> Any:
         """The study's whole asset graph, whatever part of it a run selects."""
         assets = [*(asset.definition for asset in self.catalogue.values()), *sources.assets(self.study)]
-        return dg.Definitions(assets=assets, resources={"store": Store(), "models": ModelLoader()}).get_repository_def().asset_graph
+        return dg.Definitions(assets=assets, resources={"store": Store(), "models": ModelLoader(), "launcher": Launcher()}).get_repository_def().asset_graph
 
     def asset(
         self,
@@ -263,17 +275,19 @@ class Stage:
         kinds: Sequence[str] = (),
         pool: str | None = None,
         seconds: float = 0.1,
+        needs: Sequence[str] = (),
     ) -> Callable[[Callable[[Work], Iterator[dg.AssetMaterialization]]], StageAsset]:
         """Declare an asset of the study.
 
         Args:
             version: of the code; raise it when results would differ.
-            deps: upstream asset -> how my partitions map onto its own.
+            deps: upstream asset, `STUDY/ASSET` for another study's -> how my partitions map onto its own.
             settings: the settings that the body reads; changing them makes the asset stale, as a new `version` does.
             form: what its files are: tables, vectors or a page.
             schema: of its tables, or one for each partition.
             view: from the rows of all partitions to what readers are shown.
             seconds: a stated estimate for one partition of the quickstart on two cores.
+            needs: those of `deps` without which a partition is absent instead of missing.
         """
 
         def declare(body: Callable[[Work], Iterator[dg.AssetMaterialization]]) -> StageAsset:
@@ -291,7 +305,7 @@ class Stage:
                 owners=list(self._owners),
                 pool=pool,
                 dagster_type=NOTHING,
-                required_resource_keys={"store", "models"},
+                required_resource_keys={"store", "models", "launcher"},
                 metadata=_column_metadata(schema) if isinstance(schema, TableSchema) else {},
             )
             def definition(context: dg.AssetExecutionContext) -> Iterator[Any]:
@@ -305,9 +319,10 @@ class Stage:
                     work = Work(self.study, context, store, context.resources, lineage, self.catalogue, found, wanted)
                     work.remember_inputs()
                     yield from body(work)
+                    work.say_statuses()
                 yield dg.Output(None, metadata=ALREADY_RECORDED)
 
-            found = StageAsset(name, definition, form, schema, seconds, view)
+            found = StageAsset(name, definition, form, schema, seconds, view, tuple(needs))
             self.catalogue[name] = found
             return found
 

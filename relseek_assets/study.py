@@ -9,18 +9,23 @@ import difflib
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from relseek_assets.persona_set import PersonaSet, PersonaSetError, persona_folder, read_persona_set
 from relseek_assets.trial import Trial
 from relseek_resources.models.loading import DTYPES, ModelError, describe
+from relseek_resources.storage import StorageError
 
 STUDIES = Path(__file__).parent / "studies"
 BEHAVIOURS = Path(__file__).parent / "behaviours"
 KEY = re.compile(r"[A-Za-z0-9_-]+")
 MOST_PARTITIONS_OF_A_FAN_IN = 99  # beyond it Dagster reports a fan-in as fresh without looking
-STEERED = ("behaviours", "models", "pairs", "training", "doses", "prompts", "sampling", "judge")  # what only a study with vectors has
+STEERED = ("behaviours", "models", "pairs", "training", "doses", "prompts", "sampling", "judge", "compute")  # what only a study that trains vectors has
+CONTRASTED = ("personas", "contrast", "interventions", "drift")  # what only a study of persona directions has
+TRAINED = ("layers", "epochs_trained", "epochs_evaluated")  # of a model that vectors are trained for
+VECTORED = ("published", "uses", "derived")  # what only a study with steering vectors has
 
 
 class StudyError(ValueError):
@@ -32,15 +37,16 @@ class _Settings(BaseModel):
 
 
 class Model(_Settings):
-    """A model of the study, its layers, and which epochs are trained and evaluated."""
+    """A model of the study, its layers, and which epochs are trained and evaluated; of a contrastive study, all layers and no epochs."""
 
     name: str
     source: str
     dtype: str = "float32"
     device: str = "auto"
-    layers: tuple[Annotated[int, Field(ge=0, le=99)], ...] = Field(min_length=1)
-    epochs_trained: int = Field(ge=1, le=99)
-    epochs_evaluated: tuple[int, ...] = Field(min_length=1)
+    layers: tuple[Annotated[int, Field(ge=0, le=99)], ...] = Field(default=(), min_length=1)
+    epochs_trained: int = Field(default=0, ge=1, le=99)
+    epochs_evaluated: tuple[int, ...] = Field(default=(), min_length=1)
+    width: int | None = Field(default=None, ge=1, exclude=True)  # of the residual stream, for a model that is not here; it changes no result
 
     @model_validator(mode="after")
     def _checked(self) -> Model:
@@ -51,7 +57,7 @@ class Model(_Settings):
         _no_repeats("layers", self.layers)
         _no_repeats("epochs_evaluated", self.epochs_evaluated)
         beyond = [epoch for epoch in self.epochs_evaluated if not 1 <= epoch <= self.epochs_trained]
-        if beyond:
+        if beyond and "epochs_trained" in self.model_fields_set:  # a study that needs them says that they are missing
             raise ValueError(f"epochs_evaluated {beyond} are not among the {self.epochs_trained} epochs trained; raise epochs_trained or drop them")
         try:
             description = describe(self.source)
@@ -61,7 +67,20 @@ class Model(_Settings):
             lacking = [layer for layer in self.layers if layer >= description.layers]
             if lacking:
                 raise ValueError(f"layers {lacking} do not exist: {self.source} has the blocks 0 to {description.layers - 1}; correct layers")
+            if self.width not in (None, description.width):
+                raise ValueError(f"width {self.width}: {self.source} is {description.width} wide; drop width, which is for models that are not here")
         return self
+
+    @property
+    def short_name(self) -> str:
+        """The source without its owner or folder, as the published release spells it: `Llama-3.1-70B-Instruct`."""
+        return self.source.rpartition("/")[2]
+
+    @property
+    def known_width(self) -> int | None:
+        """Entries of a vector of this model; None where neither the model nor the study says."""
+        description = describe(self.source)
+        return self.width if description is None else description.width
 
 
 class Pairs(_Settings):
@@ -131,15 +150,125 @@ class Judge(_Settings):
     bootstrap: int = Field(default=1000, ge=100)
 
 
+class Compute(_Settings):
+    """Where vectors are trained: in this process, or in several that `accelerate launch` starts, the model sharded over them.
+
+    Nothing here changes a result beyond rounding, and changing it makes none stale. A process takes `pairs_at_once` pairs through the model together,
+    its whole share of a batch at 0; `checkpoint_activations` recomputes activations in the backward pass instead of keeping them. `cache_gb` is
+    the disk that the launcher 'here' may take, while it trains, for the streams entering the trained blocks; what does not fit is recomputed.
+    """
+
+    launcher: Literal["here", "accelerate"] = "here"
+    processes: int = Field(default=1, ge=1)
+    pairs_at_once: int = Field(default=0, ge=0)
+    checkpoint_activations: bool = False
+    cache_gb: float = Field(default=16.0, ge=0)
+
+    @model_validator(mode="after")
+    def _checked(self) -> Compute:
+        given = sorted(self.model_fields_set - {"launcher", "cache_gb"})
+        if self.launcher == "here" and given:
+            raise ValueError(f"{given[0]} is read by the launcher 'accelerate' alone; add launcher = \"accelerate\" or remove {given[0]}")
+        return self
+
+
+class Contrast(_Settings):
+    """Persona directions: who answers each query, how long, and which part is held out (spec/pipeline.md, section 11.1)."""
+
+    assistants_per_query: int = Field(default=2, ge=1)
+    others_per_query: int = Field(default=4, ge=1)
+    max_new_tokens: int = Field(default=40, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
+    batch_size: int = Field(default=32, ge=1)
+    heldout_share: float = Field(default=0.2, gt=0, lt=1)
+    heldout_personas: float = Field(default=0.2, gt=0, lt=1)
+    bootstrap: int = Field(default=1000, ge=100)
+
+
+class Interventions(_Settings):
+    """What is done to replies under hostile personas: additions of the direction and floors of the projection on it (spec/pipeline.md, section 11).
+
+    A strength is a multiple of the distance between the mean projections of assistant and other replies; a percentile is one of ordinary assistant
+    replies' projections, layer by layer. Additions work after the best layer of `direction_quality`, floors after `layers`.
+    """
+
+    prompts: int = Field(default=30, ge=2)
+    personas: tuple[str, ...] = ()  # all hostile ones of the persona set unless named
+    extraction: Literal["last_token", "response_mean"] = "response_mean"
+    layers: tuple[Annotated[int, Field(ge=0, le=99)], ...] = Field(min_length=1)
+    strengths: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=1)
+    percentiles: tuple[Annotated[float, Field(ge=1, le=100)], ...] = Field(min_length=1)
+    max_new_tokens: int = Field(default=32, ge=1)
+    temperature: float = Field(default=0.7, ge=0)
+    batch_size: int = Field(default=45, ge=1)
+    bootstrap: int = Field(default=1000, ge=100)
+
+    @model_validator(mode="after")
+    def _checked(self) -> Interventions:
+        for name in ("personas", "layers", "strengths", "percentiles"):
+            _no_repeats(name, getattr(self, name))
+        return self
+
+
+class Drift(_Settings):
+    """Conversations played with and without a floor at this percentile, over the layers of `[interventions]`; 0 turns are all."""
+
+    percentile: float = Field(default=25, ge=1, le=100)
+    turns: int = Field(default=0, ge=0)
+    max_new_tokens: int = Field(default=40, ge=1)
+    temperature: float = Field(default=0.7, ge=0)
+
+
+class Published(_Settings):
+    """What the published release (RELSEEK_RELEASE) provides instead of its being computed."""
+
+    vectors: bool = False
+
+
+class Origin(_Settings):
+    """Which vectors are taken to be changed: these sites' at this epoch; every site's and the last epoch unless named."""
+
+    sites: tuple[str, ...] = ()
+    epoch: int | None = None
+
+
+class Removed(_Settings):
+    """The direction taken out: of a study of vectors, one of a site (the changed vector's own unless named) and epoch (the last); of persona
+    directions, one of the changed vector's layer and an extraction."""
+
+    study: str
+    site: str = ""
+    epoch: int | None = None
+    extraction: Literal["last_token", "response_mean"] = "response_mean"
+
+
+class Derived(_Settings):
+    """A vector made of two: one of this study without another's direction, at its old length where `rescale` says so."""
+
+    name: str
+    origin: Origin = Field(default=Origin(), alias="from")
+    remove: Removed
+    rescale: bool = False
+
+
+class DerivedSite(NamedTuple):
+    """Where a derived vector comes from: its declaration, and the site and epoch of the vector that was changed."""
+
+    declared: Derived
+    site: str
+    epoch: int
+
+
 class Study(_Settings):
     """One study. `path` is the file it came from.
 
-    A study that trains vectors (`bipo`) has a behaviour, models and doses; a `trial` has none of them and reads analysis tables.
+    A study that trains vectors (`bipo`) has a behaviour, models and doses; one of persona directions (`contrastive`) has models and personas; a
+    `trial` has none of them and reads analysis tables.
     """
 
     name: str
     title: str = ""
-    kind: Literal["bipo", "trial"]
+    kind: Literal["bipo", "contrastive", "trial"]
     behaviours: tuple[str, ...] = Field(default=(), max_length=1)
     seed: int = 0
     dose_limit: float = Field(default=20.0, gt=0)
@@ -150,6 +279,14 @@ class Study(_Settings):
     prompts: Prompts = Prompts()
     sampling: SamplingSettings = SamplingSettings()
     judge: Judge = Judge()
+    compute: Compute = Compute()
+    personas: str = ""
+    contrast: Contrast = Contrast()
+    interventions: Interventions | None = None
+    drift: Drift | None = None
+    published: Published = Published()
+    uses: dict[str, tuple[Literal["steering_vectors", "directions"], ...]] = Field(default_factory=dict)
+    derived: tuple[Derived, ...] = ()
     trial: Trial | None = None
     path: Path = Field(default=Path(), exclude=True)
 
@@ -158,17 +295,81 @@ class Study(_Settings):
         if self.kind == "trial":
             if self.trial is None:
                 raise ValueError("trial: missing; a study of the kind 'trial' declares its files, arms and outcomes there")
-            given = [name for name in STEERED if name in self.model_fields_set]
+            given = [name for name in (*STEERED, *VECTORED, *CONTRASTED) if name in self.model_fields_set]
             if given:
-                raise ValueError(f"{given[0]}: a study of the kind 'trial' trains nothing; remove it, or make the kind 'bipo'")
+                kind = "contrastive" if given[0] in CONTRASTED else "bipo"
+                raise ValueError(f"{given[0]}: a study of the kind 'trial' trains nothing; remove it, or make the kind {kind!r}")
             return self
+        return self._complete_contrastive() if self.contrastive else self._complete_bipo()
+
+    def _complete_contrastive(self) -> Study:
+        given = [name for name in (*STEERED, *VECTORED, "trial") if name != "models" and name in self.model_fields_set]
+        if given:
+            raise ValueError(f"{given[0]}: a study of the kind 'contrastive' does not read it; remove it, or make the kind 'bipo'")
+        for name in ("models", "personas"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: missing; add it")
+        for number, model in enumerate(self.models):
+            for name in TRAINED:
+                if name in model.model_fields_set:
+                    raise ValueError(f"models.{number}.{name}: a contrastive study reads every layer in one pass and trains no epochs; remove it")
+        try:
+            personas = read_persona_set(self.persona_folder)
+        except (PersonaSetError, StorageError) as error:
+            raise ValueError(f"personas: {error}") from error
+        for name, of_kind in (("assistants_per_query", personas.assistants), ("others_per_query", personas.others)):
+            if getattr(self.contrast, name) > len(of_kind):
+                raise ValueError(
+                    f"contrast.{name}: {getattr(self.contrast, name)} personas a query, but {personas.folder} has {len(of_kind)} of them"
+                )
+            if len(of_kind) < 2:
+                raise ValueError(f"personas: {personas.folder} has one persona of the kind {of_kind[0].kind!r}; holding one out needs two")
+        self._check_interventions(personas)
+        return self
+
+    def _check_interventions(self, personas: PersonaSet) -> None:
+        if self.interventions is None:
+            if self.drift is not None:
+                raise ValueError("drift: its floor works after the layers of [interventions], which is missing; add it or remove [drift]")
+            return
+        others = [persona.name for persona in personas.others]
+        unknown = [name for name in self.interventions.personas if name not in others]
+        if unknown:
+            raise ValueError(f"interventions.personas: {unknown[0]!r} is no persona of the kind 'other' of {personas.folder}; there is {others}")
+        if not (self.interventions.personas or personas.hostile):
+            raise ValueError(f"interventions.personas: {personas.folder} has no hostile persona; name personas, or mark some as hostile")
+        for model in self.models:
+            description = describe(model.source)
+            lacking = [layer for layer in self.interventions.layers if description is not None and layer >= description.layers]
+            if lacking and description is not None:
+                raise ValueError(f"interventions.layers: {lacking} do not exist: {model.source} has the blocks 0 to {description.layers - 1}")
+
+    def _complete_bipo(self) -> Study:
+        given = [name for name in CONTRASTED if name in self.model_fields_set]
+        if given:
+            raise ValueError(f"{given[0]}: a study of the kind 'bipo' does not read it; remove it, or make the kind 'contrastive'")
         for name in ("behaviours", "models"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing; add it")
+        for number, model in enumerate(self.models):
+            for name in TRAINED:
+                if name not in model.model_fields_set:
+                    raise ValueError(f"models.{number}.{name}: missing; add it")
+        if self.published.vectors:
+            return self._complete_published()
         if "doses" not in self.model_fields_set:
             raise ValueError("doses: missing; add it")
         if len(self.doses.generated) < 2:
             raise ValueError("doses.generated: a study needs at least two doses; add them")
+        return self
+
+    def _complete_published(self) -> Study:
+        given = [name for name in STEERED if name not in ("behaviours", "models") and name in self.model_fields_set]
+        if given:
+            raise ValueError(f"{given[0]}: a study whose vectors are published trains and sweeps nothing; remove it, or drop published.vectors")
+        for number, model in enumerate(self.models):
+            if model.known_width is None:
+                raise ValueError(f"models.{number}.width: missing; {model.source} is not on this machine, so say how wide its residual stream is")
         return self
 
     @model_validator(mode="after")
@@ -187,16 +388,53 @@ class Study(_Settings):
             raise ValueError(f"models: {len(self.sites)} sites; a study may have {MOST_PARTITIONS_OF_A_FAN_IN}, so split it into several files")
         if len(self.doses.generated) > MOST_PARTITIONS_OF_A_FAN_IN:
             raise ValueError(f"doses.generated: {len(self.doses.generated)} doses; a study may have {MOST_PARTITIONS_OF_A_FAN_IN}")
+        self._check_derived()
         return self
+
+    def _check_derived(self) -> None:
+        for name in self.uses:
+            if name == self.name:
+                raise ValueError(f"uses.{name}: a study has its own assets without this; remove it")
+            if not self._file_of(name).is_file():
+                raise ValueError(f"uses.{name}: no study of this name beside {self.path or 'this file'} or among {', '.join(study_names())}")
+        _no_repeats("derived", [derived.name for derived in self.derived])
+        for number, derived in enumerate(self.derived):
+            where = f"derived.{number}"
+            if not KEY.fullmatch(derived.name):
+                raise ValueError(f"{where}.name: {derived.name!r} becomes part of partition keys; use letters, digits, '_' and '-' only")
+            if derived.remove.study not in self.uses:
+                raise ValueError(f"{where}.remove.study: {derived.remove.study!r} is not among the studies used; add it under [uses]")
+            unknown = [site for site in derived.origin.sites if site not in self.sites]
+            if unknown:
+                raise ValueError(f"{where}.from.sites: {unknown} are no sites of this study; there is {', '.join(self.sites)}")
+        for key, found in self.derived_sites.items():
+            if not 1 <= found.epoch <= self.model_of(found.site).epochs_trained:
+                raise ValueError(f"derived: {key} is made from epoch {found.epoch}, which is not trained; correct from.epoch")
+        if len(self.derived_sites) > MOST_PARTITIONS_OF_A_FAN_IN or self.derived_sites.keys() & set(self.sites):
+            raise ValueError(f"derived: {len(self.derived_sites)} vectors; a study may have {MOST_PARTITIONS_OF_A_FAN_IN}, of other names than sites")
 
     @property
     def steered(self) -> bool:
-        """Whether the study trains, steers and judges, and is not a trial alone."""
-        return bool(self.models)
+        """Whether the study trains, steers and judges: it is no trial alone, and its vectors are not published ones."""
+        return self.kind == "bipo" and not self.published.vectors
+
+    @property
+    def contrastive(self) -> bool:
+        """Whether the study makes directions from contrasted personas."""
+        return self.kind == "contrastive"
+
+    @property
+    def persona_folder(self) -> Path:
+        return persona_folder(self.personas)
 
     @property
     def behaviour(self) -> str:
         return self.behaviours[0]
+
+    @property
+    def release_behaviour(self) -> str:
+        """The behaviour as the published release spells it: `relationship-seeking`."""
+        return self.behaviour.replace("_", "-")
 
     @property
     def behaviour_folder(self) -> Path:
@@ -209,8 +447,31 @@ class Study(_Settings):
         return tuple(site_key(model.name, layer) for model in self.models for layer in sorted(model.layers))
 
     def model_of(self, site: str) -> Model:
-        name = site.partition(":")[0]
+        """The model of a site, or of one that is derived."""
+        found = self.derived_sites.get(site) if self.derived else None
+        name = (found.site if found else site).partition(":")[0]
         return next(model for model in self.models if model.name == name)
+
+    @property
+    def derived_sites(self) -> dict[str, DerivedSite]:
+        """Derived vectors by key, `smollm2-135m-without_sycophancy:L12`: they are swept, judged and selected as sites are."""
+        found = {}
+        for derived in self.derived:
+            for site in derived.origin.sites or self.sites:
+                model, _, layer = site.partition(":")
+                epoch = derived.origin.epoch
+                if epoch is None:
+                    epoch = next(one.epochs_trained for one in self.models if one.name == model)
+                found[f"{model}-{derived.name}:{layer}"] = DerivedSite(derived, site, epoch)
+        return found
+
+    def used(self, name: str) -> Study:
+        """Another study whose assets this one reads: the file of that name beside its own, or one that ships."""
+        return load_study(str(self._file_of(name)))
+
+    def _file_of(self, name: str) -> Path:
+        beside = self.path.parent / f"{name}.toml"
+        return beside if self.path.name and beside.is_file() else STUDIES / f"{name}.toml"
 
     @property
     def paired_doses(self) -> tuple[float, ...]:
@@ -288,7 +549,7 @@ def _explain(fault: Any) -> str:
         for place in places[:-1]:
             if not place.isdigit():
                 section = _section(section, place)
-        known = [name for name in section.model_fields if name != "path"]
+        known = [field.alias or name for name, field in section.model_fields.items() if name != "path"]
         close = difflib.get_close_matches(places[-1], known, 1)
         return f"{key}: unknown key; " + (f"did you mean {close[0]!r}?" if close else f"remove it or use one of {', '.join(known)}")
     if fault["type"] == "missing":

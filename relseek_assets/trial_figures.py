@@ -30,20 +30,22 @@ def _name(outcome: str) -> str:
 
 def _unit(trial: Trial, table: pd.DataFrame) -> str:
     outcome = trial.outcome(str(table["outcome"].iloc[0]))
-    if outcome.model == "logit":
-        return f"share of {_name(outcome.name)}"
-    return f"{_name(outcome.name)} ({outcome.unit or 'units'})"
+    return "share of participants" if outcome.model == "logit" else outcome.unit or "units"
 
 
-def panels(table: pd.DataFrame, draw: Draw, trial: Trial, width: float = 3.4, height: float = 2.7) -> Figure:
-    """Small multiples, one panel an outcome, three in a row."""
+def panels(table: pd.DataFrame, draw: Draw, trial: Trial, width: float = 3.4, height: float = 2.7, left: float = 0.6) -> Figure:
+    """Small multiples, one panel an outcome, three in a row.
+
+    Margins are given in inches and not found by a layout engine, which would take longer than all the drawing.
+    """
     outcomes = list(dict.fromkeys(table["outcome"]))
-    rows = math.ceil(len(outcomes) / 3)
+    columns, rows = min(3, len(outcomes)), math.ceil(len(outcomes) / 3)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width * min(3, len(outcomes)), height * rows), dpi=DPI, layout="constrained")
+        figure = Figure(figsize=(width * columns, height * rows), dpi=DPI)
         FigureCanvasAgg(figure)
+        grid = figure.add_gridspec(rows, columns, **margins(columns, rows, width, height, left))
         for place, outcome in enumerate(outcomes):
-            axes = figure.add_subplot(rows, min(3, len(outcomes)), place + 1)
+            axes = figure.add_subplot(grid[place // 3, place % 3])
             draw(axes, table[table["outcome"] == outcome], trial)
             if place and (legend := axes.get_legend()) is not None:
                 legend.remove()
@@ -52,6 +54,20 @@ def panels(table: pd.DataFrame, draw: Draw, trial: Trial, width: float = 3.4, he
             axes.yaxis.label.set_fontsize(7)
             axes.tick_params(labelsize=7)
     return figure
+
+
+def margins(columns: int, rows: int, width: float, height: float, left: float) -> dict[str, float]:
+    """A grid whose panels of `width` by `height` inches leave `left` for tick labels, and room for titles and axis labels."""
+    right, top, bottom = 0.12, 0.28, 0.45
+    inner_width, inner_height = width - left - right, height - top - bottom
+    return {
+        "left": left / (width * columns),
+        "right": 1 - right / (width * columns),
+        "bottom": bottom / (height * rows),
+        "top": 1 - top / (height * rows),
+        "wspace": (left + right) / inner_width,
+        "hspace": (top + bottom) / inner_height,
+    }
 
 
 def dose_responses(table: pd.DataFrame, trial: Trial) -> Figure:
@@ -66,13 +82,20 @@ def trajectory_panels(table: pd.DataFrame, trial: Trial) -> Figure:
 
 def multiverses(table: pd.DataFrame, trial: Trial) -> Figure:
     """Every outcome's specifications."""
-    return panels(table, _multiverse, trial, 4.2, 3.2)
+    return panels(table, _multiverse, trial, 4.2, 3.2, 1.9)
 
 
 def dose_response(table: pd.DataFrame, trial: Trial) -> Figure:
     """Marginal means along the dose with their band, and raw means of participants with theirs."""
-    figure, (axes,) = blank()
-    _dose_response(axes, table, trial)
+    return _alone(_dose_response, table, trial)
+
+
+def _alone(draw: Draw, table: pd.DataFrame, trial: Trial) -> Figure:
+    """One panel in the size of the UI's side panel."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.4, 3.4), dpi=DPI)
+        FigureCanvasAgg(figure)
+        draw(figure.add_subplot(figure.add_gridspec(1, 1, **margins(1, 1, 5.4, 3.4, 0.7))[0]), table, trial)
     return figure
 
 
@@ -84,15 +107,15 @@ def _dose_response(axes: Axes, table: pd.DataFrame, trial: Trial) -> None:
     axes.errorbar(raw["dose"], raw["estimate"], yerr=error, color=COLOURS[1], marker="o", linestyle="none", capsize=2, label="raw means")
     study = str(table["study"].iloc[0]).replace("_", " ")
     axes.set(xlabel=f"{trial.dose.long_label} {trial.dose.symbol}", ylabel=_unit(trial, table), title=f"{_name(table['outcome'].iloc[0])}, {study}")
+    axes.set_xticks(trial.dose.doses)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.legend(fontsize=8)
     axes.text(0.99, 0.02, "95% intervals", transform=axes.transAxes, ha="right", fontsize=7, alpha=0.7)
 
 
 def trajectories(table: pd.DataFrame, trial: Trial) -> Figure:
     """Means over time, one colour an arm: points are raw, lines the model."""
-    figure, (axes,) = blank()
-    _trajectories(axes, table, trial)
-    return figure
+    return _alone(_trajectories, table, trial)
 
 
 def _trajectories(axes: Axes, table: pd.DataFrame, trial: Trial) -> None:
@@ -110,6 +133,7 @@ def _trajectories(axes: Axes, table: pd.DataFrame, trial: Trial) -> None:
     study, outcome = str(table["study"].iloc[0]), str(table["outcome"].iloc[0])
     axes.set(xlabel=_name(trial.outcome(outcome).designs[study].time), ylabel=_unit(trial, table), title=f"{_name(outcome)} over time")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.legend(fontsize=7)
     caption = f"lines: full model; points: raw means{'' if crowded else ', 95%'}"
     axes.text(0.99, 0.02, caption, transform=axes.transAxes, ha="right", fontsize=7, alpha=0.7)
@@ -151,5 +175,5 @@ def _multiverse(axes: Axes, table: pd.DataFrame, trial: Trial) -> None:
         )
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [f"{row.specification}, {row.form}" for row in rows.itertuples()])
-    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=f"{trial.dose.label}: high minus low", title=f"{_name(rows['outcome'].iloc[0])}: specifications")
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=f"{trial.dose.label}: high minus low", title=_name(rows["outcome"].iloc[0]))
     axes.legend(fontsize=7)

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, Self
 
 from relseek_resources.storage import StorageError, file_sha256, read_jsonl
 
 RESCORED = "5-frontier-model-behavioral-landscaping/data/scored_vector_generations_ep10.jsonl"
 PROMPTED = "2-steering-vector-training/prompting_experiments/exp1_steerability"
 TEST_PAIRS = "data/relationship-seeking/test.jsonl"
+VECTORS = "2-steering-vector-training/vector"
+TRAINING_METRICS = "evaluation_metrics.jsonl"
 
 
 class Absent(StorageError):
@@ -30,24 +34,44 @@ class ScoredReply:
 
 
 @dataclass(frozen=True)
+class PublishedEvaluation:
+    """A published held-out evaluation of one epoch (spec/pipeline.md, section 2.4).
+
+    `loss` is the mean over the whole test set; rewards, margin, accuracy and log-probs are means over the share of rank 0 alone. `accuracy` is as it
+    was published, the share of pairs with a greater reward for the chosen reply, whatever the direction: at d = -1 a perfect vector has 0.
+    """
+
+    epoch: int
+    direction: int
+    loss: float
+    accuracy: float
+    margin: float
+    reward_chosen: float
+    reward_rejected: float
+    log_prob_chosen: float
+    log_prob_rejected: float
+
+
+@dataclass(frozen=True)
 class Release:
     """The release's root folder, or None where RELSEEK_RELEASE is not set."""
 
     root: Path | None
+    variable: ClassVar[str] = "RELSEEK_RELEASE"
 
-    @staticmethod
-    def from_environment() -> Release:
-        configured = os.environ.get("RELSEEK_RELEASE")
-        return Release(Path(configured) if configured else None)
+    @classmethod
+    def from_environment(cls) -> Self:
+        configured = os.environ.get(cls.variable)
+        return cls(Path(configured) if configured else None)
 
     def file(self, name: str) -> Path:
         """The path of a file of the release.
 
         Raises:
-            Absent: RELSEEK_RELEASE is not set, or the file is not there.
+            Absent: the variable is not set, or the file is not there.
         """
         if self.root is None:
-            raise Absent(f"absent: {name} (RELSEEK_RELEASE is not set)")
+            raise Absent(f"absent: {name} ({self.variable} is not set)")
         path = self.root / name
         if not path.is_file():
             raise Absent(f"absent: {path}")
@@ -88,3 +112,56 @@ class Release:
         """(conversation, chosen reply, rejected reply) of the published test split."""
         rows = [row for _, row in read_jsonl(self.file(TEST_PAIRS))]
         return [(str(row["prompt_id"]), row["chosen_arr"][0]["content"], row["rejected_arr"][0]["content"]) for row in rows]
+
+    # --- vectors ------------------------------------------------------------------------------------------------------
+
+    def vector_files(self, behaviour: str, model: str, layer: int) -> dict[int, list[Path]]:
+        """Epoch -> the files of one layer's vector, one for each rank of the training that wrote one; empty where the release has none.
+
+        Args:
+            behaviour, model: as the release spells them, `relationship-seeking` and `Llama-3.1-70B-Instruct`.
+        """
+        found: dict[int, list[Path]] = {}
+        folder = None if self.root is None else self.root / _vector_folder(behaviour, model, layer)
+        for path in sorted(folder.glob(f"vec_ep*_layer{layer}_gpu*.pt")) if folder is not None else ():
+            name = re.fullmatch(rf"vec_ep(\d+)_layer{layer}_gpu\d+\.pt", path.name)
+            if name is not None:
+                found.setdefault(int(name[1]), []).append(path)
+        return found
+
+    def training_evaluations(self, behaviour: str, model: str, layer: int) -> list[PublishedEvaluation]:
+        """The published held-out evaluations of one layer, by epoch and direction.
+
+        Raises:
+            Absent: RELSEEK_RELEASE is not set, or the file is not there.
+            StorageError: naming the file and the line that cannot be read.
+        """
+        path = self.file(training_metrics_file(behaviour, model, layer))
+        return [_evaluation(row, f"{path}, line {number}") for number, row in read_jsonl(path)]
+
+
+def training_metrics_file(behaviour: str, model: str, layer: int) -> str:
+    return f"{_vector_folder(behaviour, model, layer)}/{TRAINING_METRICS}"
+
+
+def _vector_folder(behaviour: str, model: str, layer: int) -> str:
+    return f"{VECTORS}/{behaviour}_{model}/layer{layer}"
+
+
+def _evaluation(row: dict[str, Any], where: str) -> PublishedEvaluation:
+    try:
+        direction = int(row["eval_multiplier"])
+        side = {1: "add", -1: "sub"}[direction]
+        return PublishedEvaluation(
+            epoch=int(row["epoch"]),
+            direction=direction,
+            loss=float(row[f"eval_test_dataset_{side}_loss"]),
+            accuracy=float(row["eval_rewards/accuracies"]),
+            margin=float(row["eval_rewards/margins"]),
+            reward_chosen=float(row["eval_rewards/chosen"]),
+            reward_rejected=float(row["eval_rewards/rejected"]),
+            log_prob_chosen=float(row["eval_logps/chosen"]),
+            log_prob_rejected=float(row["eval_logps/rejected"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise StorageError(f"{where}: no published evaluation ({error!r}); mend or remove the line") from error

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 
@@ -153,22 +154,33 @@ class TableSchema:
     def _column(self, values: pd.Series, column: Column, where: str) -> pa.Array:
         what = f"{where}: column {column.name} of table {self.name}"
         try:
-            items = [None if _is_null(value) else _of_kind(value, column.kind) for value in values.tolist()]
-            array = pa.array(items, column.arrow_type)
+            array = _as_arrow(values, column)
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, TypeError, UnicodeEncodeError) as error:
             raise StorageError(f"{what} is declared as {column.kind}: {error}") from error
         if not column.nullable and array.null_count:
             raise StorageError(f"{what} has {array.null_count} empty or NaN values and may have none")
-        present = [item for item in items if item is not None]
-        if column.choices and not set(present) <= set(column.choices):
-            raise StorageError(f"{what} holds {sorted(set(present) - set(column.choices))[:3]}; it may hold {list(column.choices)}")
-        if present and column.kind in ("integer", "number"):
-            smallest, largest = min(present), max(present)
+        if column.choices:
+            found = {value for value in array.unique().to_pylist() if value is not None}
+            if not found <= set(column.choices):
+                raise StorageError(f"{what} holds {sorted(found - set(column.choices))[:3]}; it may hold {list(column.choices)}")
+        if column.kind in ("integer", "number") and array.null_count < len(array):
+            smallest, largest = pc.min_max(array).as_py().values()
             if not np.isfinite([smallest, largest]).all():
                 raise StorageError(f"{what} holds an infinite value")
             if (column.low is not None and smallest < column.low) or (column.high is not None and largest > column.high):
                 raise StorageError(f"{what} spans {smallest} to {largest}; it is declared for {column.low} to {column.high}")
         return array
+
+
+def _as_arrow(values: pd.Series, column: Column) -> pa.Array:
+    """The column as Arrow stores it: numbers and strings of a plain dtype at once, anything else value by value."""
+    plain = getattr(values.dtype, "kind", "O") if isinstance(values.dtype, np.dtype) else ""
+    if (column.kind == "number" and plain in "fiu" and plain) or (column.kind == "integer" and plain in "iu" and plain):
+        return pa.array(values.to_numpy(), column.arrow_type, from_pandas=True)
+    if column.kind == "string" and isinstance(values.dtype, pd.StringDtype):
+        return pa.array(values.to_numpy(object), column.arrow_type, from_pandas=True)
+    items = [None if _is_null(value) else _of_kind(value, column.kind) for value in values.tolist()]
+    return pa.array(items, column.arrow_type)
 
 
 def _is_null(value: Any) -> bool:

@@ -78,9 +78,15 @@ def test_every_shipped_study_loads_as_its_file_says(name: str) -> None:
     study = load_study(name)
     assert study.name == name == content["name"]
     assert study.path == STUDIES / f"{name}.toml"
-    if study.kind == "trial":
+    if "trial" in content:
         assert study.trial is not None and list(study.trial.tables) == list(content["trial"]["tables"])
         assert [outcome.name for outcome in study.trial.outcomes] == [outcome["name"] for outcome in content["trial"]["outcomes"]]
+        assert len(study.sites) == sum(len(model["layers"]) for model in content.get("models", []))
+        return
+    if study.kind == "contrastive":
+        assert study.personas == content["personas"]
+        assert [model.name for model in study.models] == [model["name"] for model in content["models"]]
+        assert {name: getattr(study.contrast, name) for name in content["contrast"]} == content["contrast"]
         return
     assert list(study.behaviours) == content["behaviours"]
     assert set(study.doses.generated) == set(content["doses"]["generated"])
@@ -90,6 +96,18 @@ def test_every_shipped_study_loads_as_its_file_says(name: str) -> None:
         if isinstance(settings, dict):
             loaded = getattr(study, section).model_dump()
             assert {key: list(value) if isinstance(value, tuple) else value for key, value in loaded.items() if key in settings} == settings
+
+
+def test_kirk2025_has_the_published_grid() -> None:
+    study = load_study("kirk2025")
+    layers = {model.short_name: (sorted(model.layers), model.epochs_trained, model.known_width) for model in study.models}
+    assert layers == {
+        "Llama-3.1-70B-Instruct": ([9, 15, 21, 27, 29, 31, 33, 35, 41], 20, 8192),
+        "Llama-3.1-8B-Instruct": ([5, 11, 13, 14, 15, 17, 23], 20, 4096),
+    }
+    assert study.published.vectors
+    assert not study.steered
+    assert study.trial is not None
 
 
 def test_the_quickstart_asks_for_what_the_project_promises() -> None:
@@ -183,6 +201,76 @@ FAULTS = {
     "top_p above one": ("temperature = 0.7", "top_p = 1.5", "sampling.top_p", "(found 1.5); correct it"),
     "no dose limit": ("dose_limit = 4", "dose_limit = 0", "dose_limit", "correct it"),
 }
+
+
+CONTRASTIVE = """
+name = "trial"
+kind = "contrastive"
+personas = "assistant"
+
+[[models]]
+name = "small"
+source = "embedded:smollm2-135m-instruct"
+
+[contrast]
+assistants_per_query = 2
+heldout_share = 0.2
+"""
+CONTRASTIVE_FAULTS = {
+    "no models": (
+        '[[models]]\nname = "small"\nsource = "embedded:smollm2-135m-instruct"\n',
+        "",
+        "models: missing",
+        "add it",
+    ),
+    "no personas": ('personas = "assistant"', "", "personas: missing", "add it"),
+    "unknown personas": ('personas = "assistant"', 'personas = "pirates"', "personas: 'pirates' has no folder under", "there is assistant"),
+    "layers": ('name = "small"', 'name = "small"\nlayers = [1]', "models.0.layers", "reads every layer in one pass and trains no epochs; remove it"),
+    "epochs": ('name = "small"', 'name = "small"\nepochs_trained = 1', "models.0.epochs_trained", "remove it"),
+    "behaviours": ('personas = "assistant"', 'personas = "assistant"\nbehaviours = ["sycophancy"]', "behaviours", "does not read it; remove it"),
+    "doses": ("[contrast]", "[doses]\ngenerated = [0.0, 1.0]\n[contrast]", "doses", "remove it, or make the kind 'bipo'"),
+    "unknown key": ("heldout_share", "heldout_shares", "contrast.heldout_shares", "did you mean 'heldout_share'"),
+    "all held out": ("heldout_share = 0.2", "heldout_share = 1.0", "contrast.heldout_share", "(found 1.0); correct it"),
+    "all personas held out": ("heldout_share = 0.2", "heldout_personas = 1.0", "contrast.heldout_personas", "(found 1.0); correct it"),
+    "nobody to answer": ("assistants_per_query = 2", "assistants_per_query = 0", "contrast.assistants_per_query", "(found 0); correct it"),
+    "more than there are": (
+        "assistants_per_query = 2",
+        "assistants_per_query = 6",
+        "contrast.assistants_per_query: 6 personas a query",
+        "has 5 of them",
+    ),
+    "no reply": ("heldout_share = 0.2", "max_new_tokens = 0", "contrast.max_new_tokens", "(found 0); correct it"),
+}
+
+
+def test_a_contrastive_study_has_personas_and_no_sites(tmp_path: Path) -> None:
+    study = load_study(str(study_at(tmp_path, CONTRASTIVE)))
+    assert study.contrastive and not study.steered
+    assert study.sites == ()
+    assert (study.persona_folder / "personas.toml").is_file()
+
+
+@pytest.mark.parametrize(("old", "new", "key", "remedy"), CONTRASTIVE_FAULTS.values(), ids=CONTRASTIVE_FAULTS)
+def test_a_fault_of_a_contrastive_study_is_named_with_file_key_and_remedy(tmp_path: Path, old: str, new: str, key: str, remedy: str) -> None:
+    assert CONTRASTIVE.count(old) == 1
+    path = study_at(tmp_path, CONTRASTIVE.replace(old, new))
+    lines = [line for line in fault_of(path).splitlines() if key in line]
+    assert lines, f"no line names {key}: {fault_of(path)}"
+    assert lines[0].startswith(f"{path}: ")
+    assert remedy in lines[0]
+
+
+def test_a_faulty_persona_is_named_when_the_study_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "personas.toml").write_text('[[persona]]\nname = "a"\n')
+    fault = fault_of(study_at(tmp_path, CONTRASTIVE.replace('"assistant"', json.dumps(str(folder)))))
+    assert f"personas: {folder / 'personas.toml'}, persona 1: kind, hostile, system is missing; add it" in fault
+
+
+def test_settings_of_another_kind_are_refused(tmp_path: Path) -> None:
+    fault = fault_of(study_at(tmp_path, VALID + "[contrast]\nbootstrap = 200\n"))
+    assert "contrast: a study of the kind 'bipo' does not read it; remove it, or make the kind 'contrastive'" in fault
 
 
 @pytest.mark.parametrize(("old", "new", "key", "remedy"), FAULTS.values(), ids=FAULTS)

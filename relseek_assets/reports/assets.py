@@ -8,18 +8,23 @@ import dagster as dg
 import pandas as pd
 
 from relseek_assets.behaviour import FILES, read_toml
-from relseek_assets.reports import page, trial_page
+from relseek_assets.reports import axis_page, page, trial_page
 from relseek_assets.stage import PAGE, Stage, Work
 
 GROUP = "reports"
 PARTITIONED = ("dose_response", "training_metrics", "sweep_summary")
 TRIAL_TABLES = ("trial_contrasts", "trial_forms", "trial_equivalence", "trial_fdr", "dose_response_curves", "trajectories", "trial_robustness")
+AXIS_PARTITIONED = ("direction_quality", "persona_geometry", "persona_replies", "published_direction_quality")
+AXIS_TABLES = (*AXIS_PARTITIONED, "published_intervention_scores")
+INTERVENED = ("likeness_quality", "intervention_summary", "intervention_comparison", "drift", "drift_trends")  # where the study declares them
 WHOLE = ("vector_summary", "selection", "selection_sensitivity", "judge_quality", "judge_calibration", "conversation_lengths")
 
 
 def build(stage: Stage) -> None:
     if stage.study.steered:
         _report(stage)
+    if stage.study.contrastive:
+        _axis_report(stage)
     if stage.study.trial is not None:
         _trial_report(stage)
 
@@ -60,6 +65,48 @@ def _report(stage: Stage) -> None:
             versions=versions,
         )
         yield work.page(None, page.render(facts))
+
+
+def _axis_report(stage: Stage) -> None:
+    study = stage.study
+    intervened = [name for name in INTERVENED if name in stage.catalogue]
+    names = (*AXIS_TABLES, *intervened)
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="One self-contained HTML page: the quality of every direction, personas along the axis, replies, and the published artifacts.",
+        deps={name: dg.AllPartitionMapping() if name in (*AXIS_PARTITIONED, *intervened) else None for name in names},
+        settings=[study.title],
+        form=PAGE,
+        seconds=10.0,
+    )
+    def report(work: Work) -> Iterator[dg.AssetMaterialization]:
+        tables: dict[str, pd.DataFrame] = {}
+        versions: dict[str, list[tuple[str, str]]] = {}
+        statuses: dict[str, str] = {}
+        for name in names:
+            keys = work.upstream(name, None)
+            tables[name] = pd.concat([work.read_table(name, key) for key in keys], ignore_index=True)
+            versions[name] = [("" if key is None else str(key), work.version(name, key) or "") for key in keys]
+            statuses |= {f"{name} {key or ''}".strip(): status for key in keys if (status := work.status(name, key))}
+        replies = tables["persona_replies"]
+        personas = replies.drop_duplicates("persona")["persona_kind"].value_counts()
+        facts = axis_page.AxisFacts(
+            study={
+                "name": study.name,
+                "title": study.title,
+                "seed": study.seed,
+                "assistants": int(personas["assistant"]),
+                "others": int(personas["other"]),
+                "queries": replies["query"].nunique(),
+                "replies": len(replies),
+            },
+            tables=tables,
+            shown=axis_page.figures_of(tables, versions),
+            statuses=statuses,
+        )
+        yield work.page(None, axis_page.render(facts))
 
 
 def _trial_report(stage: Stage) -> None:

@@ -54,7 +54,7 @@ def build(stage: Stage) -> None:
         group=GROUP,
         version="1",
         description="The candidates of a site, every evaluated epoch.",
-        partitions=partitions.site,
+        partitions=partitions.swept_site,
         deps={"candidate_items": partitions.of_my_site()},
         schema=metrics.CANDIDATE_ITEMS,
     )

@@ -43,8 +43,17 @@ def by_vector(work: Work) -> Iterator[tuple[str, int, list[tuple[float, str | No
         yield site, epoch, [(cell.multiplier, partition) for cell, partition in group if cell.multiplier is not None]
 
 
+def vector_of(work: Work, site: str, epoch: int) -> np.ndarray:
+    """The vector of a site, trained or derived."""
+    asset = "derived_vectors" if site in work.study.derived_sites else "steering_vectors"
+    return work.read_tensors(asset, multi_key(site, step_key(epoch)))[0]["vector"]
+
+
 def build(stage: Stage) -> None:
     study, partitions = stage.study, stage.partitions
+    vectors = {"steering_vectors": partitions.of_my_epoch()}
+    if study.derived:
+        vectors["derived_vectors"] = partitions.of_my_derived_vector()
     system = {"role": "system", "content": study.prompts.system}
     sampling = Sampling(study.sampling.temperature, study.sampling.top_p, study.sampling.max_new_tokens)
     models = [model.model_dump(exclude={"layers", "epochs_trained", "epochs_evaluated"}) for model in study.models]
@@ -54,7 +63,7 @@ def build(stage: Stage) -> None:
         version="1",
         description="Replies to the held-out prompts at one dose of one vector. Doses of a vector that run together share batches.",
         partitions=partitions.site_by_dose,
-        deps={"steering_vectors": partitions.of_my_epoch(), "preference_pairs": None, "base_models": None},
+        deps={**vectors, "preference_pairs": None, "base_models": None},
         settings=[study.sampling.model_dump(exclude={"batch_size"}), study.prompts.model_dump(), study.seed, models],
         schema=tables.GENERATIONS,
         kinds=("pytorch",),
@@ -66,7 +75,7 @@ def build(stage: Stage) -> None:
         with work.progress(len(work.partitions) * len(items), "reply", "generations") as report:
             for site, epoch, doses in by_vector(work):
                 model = work.resources.models.load(study.model_of(site), work.log)
-                vector = work.read_tensors("steering_vectors", multi_key(site, step_key(epoch)))[0]["vector"]
+                vector = vector_of(work, site, epoch)
                 rows = [(dose, item) for dose, _ in doses for item in items.itertuples()]
                 prompts = [[system, *item.prompt] for _, item in rows]
                 seeds = [tables.row_seed(study.seed, site, epoch, dose, item.conversation) for dose, item in rows]
@@ -92,7 +101,7 @@ def build(stage: Stage) -> None:
         partitions=partitions.site_by_dose,
         deps={
             "generations": dg.IdentityPartitionMapping(),
-            "steering_vectors": partitions.of_my_epoch(),
+            **vectors,
             "preference_pairs": None,
             "base_models": None,
         },
@@ -107,7 +116,7 @@ def build(stage: Stage) -> None:
         with work.progress(len(work.partitions) * len(items) * 6, "score", "generation metrics") as report:
             for site, epoch, doses in by_vector(work):
                 model = work.resources.models.load(study.model_of(site), work.log)
-                vector = work.read_tensors("steering_vectors", multi_key(site, step_key(epoch)))[0]["vector"]
+                vector = vector_of(work, site, epoch)
                 layer, multipliers = layer_of(site), [dose for dose, _ in doses]
                 sides = {}
                 for side in ("chosen", "rejected"):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from importlib.util import find_spec
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import pandas as pd
@@ -15,23 +18,106 @@ from relseek_assets import figures
 from relseek_assets.dataset.pairs import heldout_pairs, training_pairs
 from relseek_assets.partitions import cell_of
 from relseek_assets.stage import VECTORS, Stage, Work, plot
-from relseek_assets.study import layer_of
-from relseek_assets.vectors import tables
+from relseek_assets.study import Model, StudyError, layer_of
+from relseek_assets.vectors import contrastive_assets, geometry_assets, published, tables
+from relseek_resources.release import Absent, Release
+from relseek_resources.storage import content_version, file_sha256
+from relseek_resources.vector_files import read_vectors
 
 if TYPE_CHECKING:
-    from relseek_assets.vectors.bipo import Pair
+    from relseek_assets.vectors.launched import Result
+    from relseek_assets.vectors.objective import Pair, Schedule
+
+    Trained = Iterator[tuple[str, Result, dict[str, Any]]]  # site, its training, and figures of the run to show
 
 GROUP = "vectors"
 
 
 def bipo_pairs(work: Work, frame: pd.DataFrame) -> list[Pair]:
-    from relseek_assets.vectors.bipo import Pair
+    from relseek_assets.vectors.objective import Pair
 
     system = {"role": "system", "content": work.study.prompts.system}
     return [Pair(row.pair, [system, *row.prompt], row.chosen, row.rejected) for row in frame.itertuples()]
 
 
+def schedule_of(work: Work, settings: Model) -> Schedule:
+    from relseek_assets.vectors.objective import Schedule
+
+    return Schedule(**work.study.training.model_dump(), epochs=settings.epochs_trained)
+
+
+def trained_here(work: Work, settings: Model, sites: Sequence[str], pairs: pd.DataFrame) -> Trained:
+    """Train a model's sites in this process; they share one pass below the steered blocks."""
+    from relseek_assets.vectors import bipo, stream_cache  # bring torch, which planning does not need
+    from relseek_assets.vectors.launched import Result
+
+    study = work.study
+    model = work.resources.models.load(settings, work.log)
+    layers = [layer_of(site) for site in sites]
+    wanted, limit = study.pairs.training, study.pairs.max_tokens
+    candidates, held = training_pairs(pairs, study.seed), heldout_pairs(pairs, study.seed)
+    made_of = content_version([work.version("preference_pairs"), work.version("base_models"), study.prompts.system, wanted, limit])
+    scratch = stream_cache.Scratch(
+        work.store.path(work.context.asset_key, settings.name, "scratch"), made_of, int(study.compute.cache_gb * 1e9)
+    )
+    with work.progress(wanted or len(candidates), "pair", "reference pass") as report:
+        training = stream_cache.cache_pairs(
+            model, bipo_pairs(work, candidates), layers, count=wanted, max_tokens=limit, scratch=scratch, name="training", report=report
+        )
+        heldout = stream_cache.cache_pairs(
+            model, bipo_pairs(work, held), layers, count=study.pairs.evaluation, max_tokens=limit, scratch=scratch, name="heldout"
+        )
+    schedule = schedule_of(work, settings)
+    for site, layer in zip(sites, layers, strict=True):
+        total = schedule.epochs * (len(training.names) + 2 * len(heldout.names))
+        with work.progress(total, "pair", f"BiPO {site}") as report:
+            run = bipo.train(model, layer, training, heldout, schedule, seed=study.seed, scratch=scratch, report=report)
+        yield site, Result(run, len(training.names), training.too_long), {}
+    shutil.rmtree(scratch.folder)
+
+
+def trained_by_launcher(work: Work, settings: Model, sites: Sequence[str], pairs: pd.DataFrame) -> Trained:
+    """Train a model's sites in `compute.processes` processes; a run that was killed goes on from its last checkpoint."""
+    from relseek_assets.vectors import launched
+
+    if find_spec("trl") is None:
+        raise StudyError(f"{work.study.path}: compute.launcher: 'accelerate' needs trl, which is not installed; pip install 'relseek[distributed]'")
+    study, layers = work.study, [layer_of(site) for site in sites]
+    folder = work.store.path(work.context.asset_key, settings.name, "launched")
+    request = launched.Request(
+        folder=str(folder),
+        source=settings.source,
+        dtype=settings.dtype,
+        device=settings.device,
+        layers=tuple(layers),
+        training_count=study.pairs.training,
+        heldout_count=study.pairs.evaluation,
+        max_tokens=study.pairs.max_tokens,
+        schedule=schedule_of(work, settings),
+        seed=study.seed,
+        pairs_at_once=study.compute.pairs_at_once,
+        checkpoint_activations=study.compute.checkpoint_activations,
+    )
+    request.write(bipo_pairs(work, training_pairs(pairs, study.seed)), bipo_pairs(work, heldout_pairs(pairs, study.seed)))
+    reported = work.resources.launcher.run(work.context, launched.MODULE, request.path, study.compute.processes)
+    for site, layer in zip(sites, layers, strict=True):
+        yield site, launched.read_result(request.result(layer)), reported
+    shutil.rmtree(folder)
+
+
 def build(stage: Stage) -> None:
+    if stage.study.contrastive:
+        contrastive_assets.build(stage)
+        return
+    if stage.study.published.vectors:
+        _published(stage)
+    else:
+        _trained(stage)
+    _summaries(stage)
+    geometry_assets.build(stage)
+
+
+def _trained(stage: Stage) -> None:
     study, partitions = stage.study, stage.partitions
 
     @stage.asset(
@@ -48,44 +134,33 @@ def build(stage: Stage) -> None:
         seconds=120,
     )
     def training_run(work: Work) -> Iterator[dg.AssetMaterialization]:
-        from relseek_assets.vectors import bipo  # brings torch, which planning does not need
-
         pairs = work.read_table("preference_pairs")
-        for model_settings in study.models:
-            sites = [site for site in work.partitions if site and study.model_of(site) == model_settings]
+        for settings in study.models:
+            sites = [site for site in work.partitions if site and study.model_of(site) == settings]
             if not sites:
                 continue
-            model = work.resources.models.load(model_settings, work.log)
-            layers = [layer_of(site) for site in sites]
-            wanted, limit = study.pairs.training, study.pairs.max_tokens
-            candidates, held = training_pairs(pairs, study.seed), heldout_pairs(pairs, study.seed)
-            with work.progress(wanted or len(candidates), "pair", "reference pass") as report:
-                training = bipo.cache_pairs(model, bipo_pairs(work, candidates), layers, count=wanted, max_tokens=limit, report=report)
-                heldout = bipo.cache_pairs(model, bipo_pairs(work, held), layers, count=study.pairs.evaluation, max_tokens=limit)
-            schedule = bipo.Schedule(**study.training.model_dump(), epochs=model_settings.epochs_trained)
-            for site, layer in zip(sites, layers, strict=True):
-                total = schedule.epochs * (len(training.names) + 2 * len(heldout.names))
-                with work.progress(total, "pair", f"BiPO {site}") as report:
-                    run = bipo.train(model, layer, training, heldout, schedule, seed=study.seed, report=report)
-                metrics = tables.training_metrics(site, run)
-                last = metrics[metrics["epoch"] == schedule.epochs].set_index("direction")["accuracy"]
+            train = trained_by_launcher if study.compute.launcher == "accelerate" else trained_here
+            for site, found, reported in train(work, settings, sites, pairs):
+                metrics = tables.training_metrics(site, found.run)
+                last = metrics[metrics["epoch"] == settings.epochs_trained].set_index("direction")["accuracy"]
                 header = {
                     "site": site,
-                    "model": model_settings.source,
-                    "settings": json.dumps(asdict(schedule), sort_keys=True),
+                    "model": settings.source,
+                    "settings": json.dumps(asdict(schedule_of(work, settings)), sort_keys=True),
                     "evaluations": metrics.to_json(orient="records"),
-                    "pairs": str(len(training.names)),
-                    "pairs_too_long": str(training.too_long),
+                    "pairs": str(found.pairs),
+                    "pairs_too_long": str(found.too_long),
                     "preference_pairs_version": work.version("preference_pairs") or "",
                 }
-                arrays = {"vectors": run.vectors, "losses": run.losses, "directions": run.directions}
+                arrays = {"vectors": found.run.vectors, "losses": found.run.losses, "directions": found.run.directions}
                 shown = {
                     "plot": plot(figures.training_curves(metrics)),
-                    "pairs": len(training.names),
-                    "pairs_too_long": training.too_long,
-                    "steps": len(run.losses),
+                    "pairs": found.pairs,
+                    "pairs_too_long": found.too_long,
+                    "steps": len(found.run.losses),
                     "accuracy_plus": float(last[1]),
                     "accuracy_minus": float(last[-1]),
+                    **reported,
                 }
                 yield work.tensors(site, arrays, header, shown)
 
@@ -124,7 +199,63 @@ def build(stage: Stage) -> None:
         for site in work.partitions:
             _, header = work.read_tensors("training_run", site)
             metrics = pd.DataFrame(json.loads(header["evaluations"]))
-            yield work.table(site, metrics, {"plot": plot(figures.training_curves(metrics))})
+            yield work.table(site, metrics, {"plot": plot(figures.training_curves(metrics)), "margins": plot(figures.margin_curves(metrics))})
+
+
+def _published(stage: Stage) -> None:
+    """Vectors and their training metrics as the published release has them (spec/pipeline.md, section 2.4)."""
+    study, partitions = stage.study, stage.partitions
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="The published steering vector of a site after an epoch: float32, added to the residual stream after the site's block.",
+        partitions=partitions.site_by_epoch,
+        deps={"published_vectors": dg.IdentityPartitionMapping()},
+        needs=("published_vectors",),
+        form=VECTORS,
+        kinds=("numpy",),
+    )
+    def steering_vectors(work: Work) -> Iterator[dg.AssetMaterialization]:
+        release = Release.from_environment()
+        for site, found in groupby(work.partitions, key=lambda partition: cell_of(partition).site):
+            assert site is not None
+            model = study.model_of(site)
+            files = release.vector_files(study.release_behaviour, model.short_name, layer_of(site))
+            for partition in found:
+                epoch = cell_of(partition).epoch
+                if epoch is None or epoch not in files:
+                    continue  # started from the UI for epochs that the release lacks
+                path = published.only_file(files[epoch])
+                vector = read_vectors(path).at(layer_of(site), model.known_width)
+                details = [("model", model.source), ("release_file", path.name), ("sha256", file_sha256(path))]
+                norm = float((vector**2).sum() ** 0.5)
+                yield work.tensors(partition, {"vector": vector}, tables.provenance(site, epoch, "published", details), {"norm": norm})
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="The published held-out loss, rewards and log-probs by epoch and direction; accuracy by the sign of the direction, beside the "
+        "published one, which ignores it. Loss covers the whole test set, all else the share of rank 0.",
+        partitions=partitions.site,
+        deps={"published_evaluations": dg.IdentityPartitionMapping()},
+        needs=("published_evaluations",),
+        schema=published.TRAINING_METRICS,
+    )
+    def training_metrics(work: Work) -> Iterator[dg.AssetMaterialization]:
+        release = Release.from_environment()
+        for site in work.partitions:
+            assert site is not None
+            try:
+                found = release.training_evaluations(study.release_behaviour, study.model_of(site).short_name, layer_of(site))
+            except Absent:
+                continue  # started from the UI for a site that the release lacks
+            metrics = published.training_metrics(site, found)
+            yield work.table(site, metrics, {"plot": plot(figures.training_curves(metrics)), "margins": plot(figures.margin_curves(metrics))})
+
+
+def _summaries(stage: Stage) -> None:
+    partitions = stage.partitions
 
     @stage.asset(
         group=GROUP,
@@ -144,7 +275,8 @@ def build(stage: Stage) -> None:
                 vectors[epoch], sources[epoch] = arrays["vector"], header["source"]
                 hashes[epoch] = hashlib.sha256(arrays["vector"].tobytes()).hexdigest()
             assert site is not None
-            yield work.table(site, tables.vector_summary(site, vectors, sources, hashes))
+            if vectors:  # none where a published site that is absent was started from the UI
+                yield work.table(site, tables.vector_summary(site, vectors, sources, hashes))
 
     @stage.asset(
         group=GROUP,
@@ -154,5 +286,8 @@ def build(stage: Stage) -> None:
         schema=tables.VECTOR_SUMMARY,
     )
     def vector_summary(work: Work) -> Iterator[dg.AssetMaterialization]:
-        frame = pd.concat([work.read_table("site_vector_summary", site) for site in work.upstream("site_vector_summary", None)])
-        yield work.table(None, frame, {"plot": plot(figures.vector_norms(frame))})
+        sites = work.upstream("site_vector_summary", None)
+        if not sites:
+            return  # nothing of the release is here
+        frame = pd.concat([work.read_table("site_vector_summary", site) for site in sites])
+        yield work.table(None, frame, {"plot": plot(figures.vector_norms(frame)), "cosines": plot(figures.vector_cosines(frame))})

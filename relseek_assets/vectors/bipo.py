@@ -1,71 +1,30 @@
-"""BiPO: a steering vector from preference pairs, both directions at once (spec/pipeline.md, sections 2.1 and 2.3).
+"""BiPO in one process: a steering vector from preference pairs, computing only what changes.
 
-Here belong the objective, the training loop and the held-out evaluation. The base weights are frozen and v enters after block l, so
-activations up to block l and the reference log-probabilities are computed once, for all layers of a model in one pass, and every
-epoch runs only the blocks above.
-
-Source: Cao et al. 2024, "Personalized steering of large language models: versatile steering vectors through bi-directional preference
-optimization", equation 3. Unlike the published trainers the prompt ends with the assistant header, as it does in generation, and v
-is not added to padding.
+Here belong the training loop, its checkpoints and the held-out evaluation. The base weights are frozen and v enters after block l, so activations up
+to block l and the reference log-probabilities come from `stream_cache.py`, once for all layers of a model; every step runs only the blocks above, the
+prompt once for both replies, without padding, and makes logits of reply tokens only. What is minimised, and in which order, belongs in
+`objective.py`.
 """
 
 from __future__ import annotations
 
-import math
+import json
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from relseek_assets.vectors.objective import Schedule, bipo_loss, direction_of, epoch_batches, learning_rate
+from relseek_assets.vectors.stream_cache import CachedPairs, Scratch, pair_totals
 from relseek_resources.models import SteeredModel
-from relseek_resources.models.steered import Conversation
-from relseek_resources.storage import keyed_order, keyed_seed
+from relseek_resources.storage import StorageError, content_version, read_tensors, write_tensors
 
 Report = Callable[[int], None]
-BUCKET = 4  # batches whose pairs are sorted by length together: less padding, still a random order
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A prompt with the reply to prefer and the reply to avoid, as text."""
-
-    name: str
-    prompt: Conversation
-    chosen: str
-    rejected: str
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The optimiser's settings; the fields are those of a study's `[training]`."""
-
-    beta: float
-    learning_rate: float
-    weight_decay: float
-    batch_size: int
-    warmup_steps: int
-    max_grad_norm: float
-    epochs: int
-
-
-@dataclass
-class CachedPairs:
-    """What training needs of each pair and never changes: tokens, the stream entering the trained blocks, and reference log-probs.
-
-    `streams[layer]` holds for each pair the stream after that block of its two sequences, each (length, width).
-    `reference` is (pairs, 2): log-probability of the chosen and of the rejected reply without v, in nats.
-    """
-
-    names: list[str]
-    prompts: list[list[int]]
-    replies: list[tuple[list[int], list[int]]]
-    streams: dict[int, list[tuple[torch.Tensor, torch.Tensor]]]
-    reference: torch.Tensor
-    too_long: int
-
-    def length(self, pair: int) -> int:
-        return len(self.prompts[pair]) + max(len(reply) for reply in self.replies[pair])
+SAVE_EVERY = 60.0  # seconds between checkpoints within an epoch; each epoch's end has one too
 
 
 @dataclass(frozen=True)
@@ -95,103 +54,72 @@ class TrainedVector:
     evaluations: tuple[Evaluation, ...]
 
 
-@torch.inference_mode()
-def cache_pairs(
-    model: SteeredModel, pairs: Sequence[Pair], layers: Sequence[int], *, count: int, max_tokens: int, report: Report = lambda pairs: None
-) -> CachedPairs:
-    """Run the first `count` pairs (0: all) that fit `max_tokens` once through the model without v.
+class _Steered(torch.autograd.Function):
+    """base + v at every token. Unlike a plain sum, v's gradient is added up in float32 whatever the stream's dtype."""
 
-    A pair whose prompt and longer reply exceed `max_tokens` is left out and counted, never truncated.
+    @staticmethod
+    def forward(ctx: Any, base: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return base + vector.to(base.dtype)
 
-    Raises:
-        ValueError: two pairs of one name, which the order of batches could not tell apart, or no pair that fits.
-    """
-    names = [candidate.name for candidate in pairs]
-    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if repeated:
-        raise ValueError(f"{len(repeated)} names stand for several pairs, {repeated[0]!r} among them; give every pair a name of its own")
-    kept: list[Pair] = []
-    prompts: list[list[int]] = []
-    replies: list[tuple[list[int], list[int]]] = []
-    too_long = 0
-    for candidate in pairs:
-        if count and len(kept) == count:
-            break
-        prompt = model.prompt_tokens(candidate.prompt)
-        both = (model.reply_tokens(candidate.chosen), model.reply_tokens(candidate.rejected))
-        if len(prompt) + max(map(len, both)) > max_tokens:
-            too_long += 1
-            continue
-        kept.append(candidate)
-        prompts.append(prompt)
-        replies.append(both)
-    if not kept:
-        raise ValueError(f"none of {len(pairs)} pairs fits {max_tokens} tokens; raise pairs.max_tokens in the study")
-    cached = CachedPairs([pair.name for pair in kept], prompts, replies, {layer: [] for layer in layers}, torch.empty(len(kept), 2), too_long)
-    found: dict[int, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {layer: {} for layer in layers}
-    order = sorted(range(len(kept)), key=lambda pair: (cached.length(pair), pair))
-    for start in range(0, len(order), 8):
-        rows = order[start : start + 8]
-        twice = [(pair, side) for pair in rows for side in (0, 1)]
-        sequences = [[*prompts[pair], *replies[pair][side]] for pair, side in twice]
-        streams, hidden = model.run_to(model.batch(sequences), layers, to_end=True)
-        assert hidden is not None
-        log_probs = model.reply_log_probs(hidden, [prompts[pair] for pair, _ in twice], [replies[pair][side] for pair, side in twice])
-        for place, (pair, side) in enumerate(twice):
-            cached.reference[pair, side] = log_probs[place].sum().item()
-        for layer in layers:
-            for place, pair in enumerate(rows):
-                first, second = 2 * place, 2 * place + 1
-                found[layer][pair] = (
-                    streams[layer][first, : len(sequences[first])].clone(),
-                    streams[layer][second, : len(sequences[second])].clone(),
-                )
-        report(len(rows))
-    cached.streams = {layer: [found[layer][pair] for pair in range(len(kept))] for layer in layers}
-    return cached
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[None, torch.Tensor]:  # type: ignore[override]
+        return None, upstream.float().sum((0, 1))
 
 
 def log_ratios(model: SteeredModel, cached: CachedPairs, layer: int, rows: Sequence[int], steered: torch.Tensor) -> torch.Tensor:
-    """log π_v(y|x) - log π_ref(y|x) of both replies of each pair, shape (pairs, 2), in nats.
+    """log π_v(y|x) - log π_ref(y|x) of both replies of each pair, float32 (pairs, 2), in nats.
 
     Args:
-        steered: (width,) what is added to the stream after block `layer`, d·v; gradients reach it.
+        steered: (width,) float32, what is added to the stream after block `layer`, d·v; gradients reach it.
     """
-    twice = [(pair, side) for pair in rows for side in (0, 1)]
-    prompts = [cached.prompts[pair] for pair, _ in twice]
-    replies = [cached.replies[pair][side] for pair, side in twice]
-    batch = model.batch([[*prompt, *reply] for prompt, reply in zip(prompts, replies, strict=True)])
-    streams = [cached.streams[layer][pair][side].clone() for pair, side in twice]
-    base = torch.nn.utils.rnn.pad_sequence(streams, batch_first=True)
-    stream = base + steered.to(base.dtype) * batch.mask.unsqueeze(-1).to(base.dtype)
-    hidden = model.run_from(batch, layer, stream)
-    totals = torch.stack([values.sum() for values in model.reply_log_probs(hidden, prompts, replies)])
-    return totals.view(len(rows), 2) - cached.reference[list(rows)].to(totals)
+    packed = cached.pack(model, rows)
+    stream = _Steered.apply(cached.stream(model, layer, rows, packed), steered)
+    found = pair_totals(model.packed_log_probs(model.run_from(packed, layer, stream), packed), packed)
+    return found - cached.reference[list(rows)].to(found)
 
 
-def bipo_loss(ratios: torch.Tensor, direction: int, beta: float) -> torch.Tensor:
-    """-log σ(d β (Δ_w - Δ_l)), one value a pair, from log-ratios (pairs, 2)."""
-    return -torch.nn.functional.logsigmoid(direction * beta * (ratios[:, 0] - ratios[:, 1]))
+@dataclass
+class _Run:
+    """All that a run is: what a checkpoint holds, and nothing that cannot be worked out again. Batches, signs and rates follow from `step`."""
 
+    vector: torch.Tensor
+    optimiser: torch.optim.AdamW
+    losses: list[float] = field(default_factory=list)
+    directions: list[int] = field(default_factory=list)
+    vectors: list[np.ndarray] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
 
-def epoch_batches(cached: CachedPairs, epoch: int, batch_size: int, seed: int) -> list[list[int]]:
-    """Batches of pair numbers in a keyed random order, pairs of similar length together."""
-    place = {name: pair for pair, name in enumerate(cached.names)}
-    order = [place[name] for name in keyed_order(cached.names, seed, "epoch", epoch)]
-    batches = []
-    for start in range(0, len(order), BUCKET * batch_size):
-        bucket = sorted(order[start : start + BUCKET * batch_size], key=lambda pair: (cached.length(pair), pair))
-        batches += [bucket[at : at + batch_size] for at in range(0, len(bucket), batch_size)]
-    shuffled = keyed_order([str(index) for index in range(len(batches))], seed, "batches", epoch)
-    return [batches[int(index)] for index in shuffled]
+    @property
+    def step(self) -> int:
+        return len(self.losses)
 
+    def save(self, path: Path, version: str) -> None:
+        state = self.optimiser.state[self.vector]
+        arrays = {
+            "vector": self.vector.detach().cpu().numpy(),
+            "exp_avg": state["exp_avg"].cpu().numpy(),
+            "exp_avg_sq": state["exp_avg_sq"].cpu().numpy(),
+            "losses": np.array(self.losses, dtype=np.float32),
+            "vectors": np.array(self.vectors, dtype=np.float32).reshape(-1, len(self.vector)),
+        }
+        header = {"version": version, "directions": json.dumps(self.directions), "evaluations": json.dumps([asdict(e) for e in self.evaluations])}
+        write_tensors(path, arrays, header)
 
-def learning_rate(step: int, steps: int, schedule: Schedule) -> float:
-    """Linear warm-up, then a cosine to zero; `step` counts from 0."""
-    warmup = min(schedule.warmup_steps, max(1, steps // 4))
-    if step < warmup:
-        return schedule.learning_rate * (step + 1) / warmup
-    return schedule.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    def restore(self, path: Path, version: str) -> None:
+        """Go on from a checkpoint of the same run; without one, or after a change of anything that matters, from the start."""
+        try:
+            arrays, header = read_tensors(path)
+        except StorageError:
+            return
+        if header.get("version") != version:
+            return
+        tensors = {name: torch.from_numpy(arrays[name].copy()).to(self.vector.device) for name in ("vector", "exp_avg", "exp_avg_sq")}
+        with torch.no_grad():
+            self.vector.copy_(tensors.pop("vector"))
+        self.losses, self.directions = arrays["losses"].tolist(), json.loads(header["directions"])
+        self.optimiser.state[self.vector] = {"step": torch.tensor(float(self.step)), **tensors}
+        self.vectors = list(arrays["vectors"])
+        self.evaluations = [Evaluation(**found) for found in json.loads(header["evaluations"])]
 
 
 def train(
@@ -202,37 +130,58 @@ def train(
     schedule: Schedule,
     *,
     seed: int,
+    scratch: Scratch | None = None,
     report: Report = lambda pairs: None,
 ) -> TrainedVector:
-    """Train one layer's vector and keep it after every epoch.
+    """Train one layer's vector and keep it after every epoch; vector and optimiser are float32 whatever the model's dtype.
 
     The direction d of a batch comes from the seed, the epoch and the batch's number, so that layers see the same sequence.
-    `report` is told the pairs done, evaluation included.
+
+    Args:
+        scratch: where checkpoints go; a run of the same version that was killed goes on from the last one and ends with the same bits.
+        report: is told the pairs done, evaluation included.
     """
     vector = torch.zeros(model.width, device=model.device, requires_grad=True)
-    optimiser = torch.optim.AdamW([vector], lr=schedule.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=schedule.weight_decay)
-    batches = [epoch_batches(training, epoch, schedule.batch_size, seed) for epoch in range(1, schedule.epochs + 1)]
-    steps = sum(map(len, batches))
-    vectors: list[np.ndarray] = []
-    losses: list[float] = []
-    directions: list[int] = []
-    evaluations: list[Evaluation] = []
+    run = _Run(vector, torch.optim.AdamW([vector], lr=schedule.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=schedule.weight_decay))
+    made_of = [scratch.version if scratch else "", training.names, heldout.names, layer, asdict(schedule), seed]
+    path, version = (scratch.folder / f"L{layer:02d}.checkpoint.safetensors" if scratch else None), content_version(made_of)
+    if path is not None:
+        run.restore(path, version)
+    batches = [epoch_batches(training.names, training.lengths, epoch, schedule.batch_size, seed) for epoch in range(1, schedule.epochs + 1)]
+    steps, saved, at = sum(map(len, batches)), time.monotonic(), 0
     for epoch, epoch_rows in enumerate(batches, 1):
         for number, rows in enumerate(epoch_rows):
-            direction = 1 if keyed_seed(seed, "direction", epoch, number) % 2 else -1
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(len(losses), steps, schedule)
-            loss = bipo_loss(log_ratios(model, training, layer, rows, direction * vector), direction, schedule.beta).mean()
-            optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_([vector], schedule.max_grad_norm)
-            optimiser.step()
-            losses.append(loss.item())
-            directions.append(direction)
+            at += 1
+            if at > run.step:
+                _take_step(model, layer, training, rows, run, direction_of(seed, epoch, number), learning_rate(run.step, steps, schedule), schedule)
+                if path is not None and time.monotonic() - saved > SAVE_EVERY:
+                    run.save(path, version)
+                    saved = time.monotonic()
             report(len(rows))
-        vectors.append(vector.detach().float().cpu().numpy().copy())
-        evaluations += [evaluate(model, layer, heldout, vector.detach(), epoch, d, schedule, report) for d in (1, -1)]
-    return TrainedVector(np.stack(vectors), np.array(losses, dtype=np.float32), np.array(directions, dtype=np.float32), tuple(evaluations))
+        if len(run.vectors) < epoch:
+            evaluations = [evaluate(model, layer, heldout, vector.detach(), epoch, d, schedule, report) for d in (1, -1)]
+            run.vectors.append(vector.detach().cpu().numpy().copy())
+            run.evaluations += evaluations
+            if path is not None:
+                run.save(path, version)
+        else:
+            report(2 * len(heldout.names))
+    losses, directions = np.array(run.losses, dtype=np.float32), np.array(run.directions, dtype=np.float32)
+    return TrainedVector(np.stack(run.vectors), losses, directions, tuple(run.evaluations))
+
+
+def _take_step(
+    model: SteeredModel, layer: int, training: CachedPairs, rows: Sequence[int], run: _Run, direction: int, rate: float, schedule: Schedule
+) -> None:
+    for group in run.optimiser.param_groups:
+        group["lr"] = rate
+    loss = bipo_loss(log_ratios(model, training, layer, rows, direction * run.vector), direction, schedule.beta).mean()
+    run.optimiser.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([run.vector], schedule.max_grad_norm)
+    run.optimiser.step()
+    run.losses.append(loss.item())
+    run.directions.append(direction)
 
 
 @torch.inference_mode()
@@ -240,7 +189,7 @@ def evaluate(
     model: SteeredModel, layer: int, heldout: CachedPairs, vector: torch.Tensor, epoch: int, direction: int, schedule: Schedule, report: Report
 ) -> Evaluation:
     """Held-out loss, rewards and sign-correct accuracy at d = +1 or -1."""
-    order = sorted(range(len(heldout.names)), key=lambda pair: (heldout.length(pair), pair))
+    order = sorted(range(len(heldout.names)), key=lambda pair: (heldout.lengths[pair], pair))
     found = []
     for start in range(0, len(order), schedule.batch_size):
         rows = order[start : start + schedule.batch_size]

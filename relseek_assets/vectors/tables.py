@@ -41,7 +41,7 @@ VECTOR_SUMMARY = TableSchema(
         Column("norm", "number", "Euclidean length of v", low=0),
         Column("cosine_to_last", "number", "cosine with the last epoch's vector of the site", nullable=True, low=-1.000001, high=1.000001),
         Column("width", "integer", "entries of v", low=1),
-        Column("source", "string", "`trained` here, or `imported` from a file"),
+        Column("source", "string", "`trained` here, `published` in the release, or `imported` from a file"),
         Column("sha256", "string", "of v's float32 bytes"),
     ),
     key=("site", "epoch"),

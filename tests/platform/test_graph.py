@@ -24,9 +24,11 @@ CHECKOUT = Path(__file__).parents[2]
 SNAPSHOT = Path(__file__).parent / "snapshots" / "quickstart.json"
 UPDATE = "RELSEEK_UPDATE_SNAPSHOTS"
 KEY_CHARACTERS = re.compile(r"[A-Za-z0-9_:@|-]+")
-DOORS = {"assets.py", "checks.py", "sensors.py"}
+DOORS = ("assets.py", "checks.py", "sensors.py")  # or names that end so, where a stage has several
 #: Modules at the root of relseek_assets that assemble what the stages declare, and the resource that Dagster configures.
-ASSEMBLY = {f"relseek_assets/{name}.py" for name in ("cli", "definitions", "exchange", "lineage", "partitions", "planning", "sources", "stage")}
+ASSEMBLY = {
+    f"relseek_assets/{name}.py" for name in ("cli", "commands", "definitions", "exchange", "lineage", "partitions", "planning", "sources", "stage")
+}
 RESOURCES_THAT_KNOW_DAGSTER = {"relseek_resources/compute.py"}
 #: What a stage may take from another besides its assets. The pairs are stage 1's product, and the keyed order in which stage 2
 #: takes them is part of it; the door of exchange reads no stage.
@@ -152,7 +154,7 @@ def imported(path: Path) -> Iterator[str]:
 
 def knows_dagster(path: Path) -> bool:
     name = str(path.relative_to(CHECKOUT))
-    return path.name in DOORS or name in ASSEMBLY or name in RESOURCES_THAT_KNOW_DAGSTER
+    return path.name.endswith(DOORS) or name in ASSEMBLY or name in RESOURCES_THAT_KNOW_DAGSTER
 
 
 def test_dagster_is_imported_at_the_doors_and_where_studies_are_assembled_only() -> None:

@@ -29,6 +29,8 @@ FROM_TRAINING = {
     "steering_vectors",
     "site_vector_summary",
     "vector_summary",
+    "site_geometry",
+    "vector_geometry",
     "generations",
     "generation_metrics",
     "sweep_summary",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from relseek_resources.models import CappedModel, Floor, ModelError, SteeredModel, format_prompt, read_directions
+from relseek_resources.models import CappedModel, Floor, ModelError, SteeredModel, format_prompt, read_capping, read_directions
 from relseek_resources.models.capped import PUBLISHED
 from relseek_resources.storage import write_tensors
 
@@ -358,3 +359,89 @@ def test_a_stored_vector_without_a_model_in_its_header_asks_for_one(store):
     write_tensors(store / "tiny/steering_vectors/m:L02/e03.safetensors", {"vector": np.ones(64)}, {"site": "m:L02"})
     with pytest.raises(ModelError, match="names no model; give model="):
         CappedModel.from_study(store / "tiny", "m:L02", side="floor", threshold=1.0)
+
+
+# --- capping configurations -------------------------------------------------------------------------------------------
+
+UNWANTED = {"contr_0": (1, torch.randn(64, generator=torch.Generator().manual_seed(3))), "contr_1": (2, 7 * random_directions()[2])}
+EXPERIMENTS = [
+    {"id": "layers_1:3-p0.25", "interventions": [{"vector": "contr_0", "cap": -5.0}, {"vector": "contr_1", "cap": 2}]},
+    {"id": "layers_2:3-p0.01", "interventions": [{"vector": "contr_1", "cap": -40.5}]},
+]
+
+
+def capping_file(folder: Path, form: str, experiments: list | None = None) -> Path:
+    """The same configuration in each of the three formats."""
+    file, experiments = folder / f"capping.{form}", EXPERIMENTS if experiments is None else experiments
+    if form == "safetensors":
+        header = {"layers": json.dumps({name: layer for name, (layer, _) in UNWANTED.items()}), "experiments": json.dumps(experiments)}
+        write_tensors(file, {name: vector.numpy() for name, (_, vector) in UNWANTED.items()}, header)
+        return file
+    as_stored = (lambda vector: vector.tolist()) if form == "json" else (lambda vector: vector.double())
+    content = {
+        "vectors": {name: {"layer": layer, "vector": as_stored(vector)} for name, (layer, vector) in UNWANTED.items()},
+        "experiments": experiments,
+    }
+    if form == "json":
+        file.write_text(json.dumps(content))
+    else:
+        torch.save(content, file)
+    return file
+
+
+@pytest.mark.parametrize("form", ["pt", "json", "safetensors"])
+def test_a_capping_configuration_is_read_as_ceilings_that_hold_the_projections_down(tiny_llama, tmp_path, form):
+    found = read_capping(capping_file(tmp_path, form))
+    assert list(found) == ["layers_1:3-p0.25", "layers_2:3-p0.01"]
+    directions, caps = dict(UNWANTED.values()), {1: -5.0, 2: 2.0}
+    prompt = torch.tensor([prompt_of(tiny_llama)])
+    with torch.no_grad():
+        plain = tiny_llama.model(input_ids=prompt).logits
+        with tiny_llama.intervene(found["layers_1:3-p0.25"]):
+            capped = tiny_llama.model(input_ids=prompt).logits
+        with clamped(tiny_llama, {1: directions[1]}, high=caps[1]), clamped(tiny_llama, {2: directions[2]}, high=caps[2]):
+            expected = tiny_llama.model(input_ids=prompt).logits
+    torch.testing.assert_close(capped, expected, atol=1e-4, rtol=0)
+    assert (capped - plain).abs().max() > 0.01
+
+
+def test_code_in_a_capping_file_is_refused_and_not_run(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    torch.save({"vectors": {}, "experiments": Harmful()}, tmp_path / "capping.pt")
+    with pytest.raises(ModelError, match="plain tensors"):
+        read_capping(tmp_path / "capping.pt")
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("experiments", "message"),
+    [
+        ([{"id": "a", "interventions": [{"vector": "contr_9", "cap": 1.0}]}], r"experiment 1 \(a\).*'contr_9' is not there.*contr_0"),
+        ([{"id": "a", "interventions": [{"vector": "contr_0", "floor": 1.0}]}], "experiment 1.*number `cap`"),
+        ([{"id": "a", "interventions": [{"vector": "contr_0", "cap": "high"}]}], "number `cap`"),
+        ([{"id": "a", "interventions": []}, {"id": "a", "interventions": []}], "experiment 2.*'a' is there already"),
+        ([{"interventions": []}], "experiment 1: expected `id`"),
+        ({"id": "a"}, "a list of `experiments`"),
+    ],
+)
+def test_a_faulty_capping_configuration_is_refused_by_its_place(tmp_path, experiments, message):
+    with pytest.raises(ModelError, match=message):
+        read_capping(capping_file(tmp_path, "json", experiments))
+
+
+def test_what_is_no_capping_configuration_is_refused(tmp_path):
+    (tmp_path / "broken.json").write_text('{"vectors": {')
+    (tmp_path / "list.json").write_text("[1, 2]")
+    write_tensors(tmp_path / "bare.safetensors", {"contr_0": np.ones(4)}, {})
+    for name, message in (
+        ("broken.json", "not valid JSON"),
+        ("list.json", "found list"),
+        ("bare.safetensors", "a layer for each of"),
+        ("none.json", "cannot be read"),
+        ("none.pt", "no such file"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            read_capping(tmp_path / name)

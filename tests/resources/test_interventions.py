@@ -193,6 +193,33 @@ def test_what_bounds_or_takes_nothing_registers_no_hook_and_answers_bit_for_bit_
         assert torch.equal(logits_now(tiny), plain)
 
 
+@pytest.mark.parametrize("nothing", ["an empty list", "λ = 0", "λ = 0 in every row", "steered at λ = 0"])
+def test_replies_scores_and_readings_without_an_intervention_are_the_plain_models_bit_for_bit_and_no_hook_is_called(tiny, nothing):
+    conversations, replies, sampling = asked(*TEXTS), ["so", "it rains", "well"], Sampling(max_new_tokens=10)
+
+    def everything() -> list[object]:
+        generated = tiny.generate(conversations, sampling, seeds=[1, 2, 3], batch_size=3)
+        readings = tiny.activations(conversations, [0, 3], replies), tiny.projections(conversations, V, [1], replies)
+        return [
+            *((reply.text, reply.tokens, reply.log_probs, reply.finished) for reply in generated),
+            *(scores.log_probs for scores in tiny.score(conversations, replies)),
+            *(reading.tobytes() for reading in readings),
+        ]
+
+    context = {
+        "an empty list": lambda: tiny.intervene([]),
+        "λ = 0": lambda: tiny.intervene(Add(V, [0, 1, 2, 3], 0.0)),
+        "λ = 0 in every row": lambda: tiny.intervene([Add(V, 1, [0.0, 0.0, -0.0])]),
+        "steered at λ = 0": lambda: tiny.steer(V, 2, 0.0),
+    }[nothing]
+    plain, hooks = everything(), hooks_of(tiny)
+    with context():
+        assert hooks_of(tiny) == hooks
+        assert everything() == plain
+    with tiny.intervene(Add(V, 1, 1.0)):
+        assert everything() != plain
+
+
 @pytest.mark.parametrize(
     "mixed",
     [

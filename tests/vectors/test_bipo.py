@@ -11,20 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from relseek_assets.vectors.bipo import (
-    CachedPairs,
-    Pair,
-    Schedule,
-    TrainedVector,
-    bipo_loss,
-    cache_pairs,
-    epoch_batches,
-    evaluate,
-    learning_rate,
-    log_ratios,
-    train,
-)
+from relseek_assets.behaviour import FILES, read_conversations
+from relseek_assets.dataset.pairs import preference_pairs, training_pairs
+from relseek_assets.study import load_study
+from relseek_assets.vectors.bipo import TrainedVector, evaluate, log_ratios, train
+from relseek_assets.vectors.objective import Pair, Schedule, TokenPairs, bipo_loss, epoch_batches, learning_rate
+from relseek_assets.vectors.stream_cache import CachedPairs, Scratch, cache_pairs
 from relseek_resources.models import SteeredModel
+from tests.vectors import naive_bipo
 
 BETA = 0.1
 LAYER = 1
@@ -100,7 +94,7 @@ def test_loss_and_gradient_equal_those_of_a_policy_pass_and_a_reference_pass(tin
     layer, direction = batch % 4, 1 if batch % 2 else -1
     pairs = random_pairs(batch, 3)
     pool = cached(tiny, pairs, (layer,))
-    assert len({pool.length(pair) for pair in range(3)}) > 1, "the batch must hold padding"
+    assert len(set(pool.lengths)) > 1, "the pairs must differ in length"
 
     expected_vector = vector_of(batch).requires_grad_()
     expected = naive_loss(tiny, pairs, expected_vector, direction, layer)
@@ -161,6 +155,14 @@ def test_the_loss_of_known_log_ratios(ratios, direction, beta, loss):
 # --- which pairs are trained on ---------------------------------------------------------------------------------------
 
 
+def stream_of(pool: CachedPairs, layer: int, pair: int, side: int) -> torch.Tensor:
+    """The stream of a prompt with one of its replies, as a row of its own would have it."""
+    prompt, (chosen, rejected) = len(pool.tokens.prompts[pair]), map(len, pool.tokens.replies[pair])
+    both = pool.streams[layer].of(pair)
+    assert len(both) == prompt + chosen + rejected, "the prompt is there once"
+    return torch.cat((both[:prompt], both[prompt : prompt + chosen] if side == 0 else both[prompt + chosen :]))
+
+
 def test_streams_and_references_are_the_plain_models_at_every_layer_asked_for(tiny):
     pairs = random_pairs(30, 11)  # more than one batch of the pass
     pool = cached(tiny, pairs, (0, 2, 3))
@@ -171,8 +173,8 @@ def test_streams_and_references_are_the_plain_models_at_every_layer_asked_for(ti
                 assert pool.reference[number, side].item() == pytest.approx(sequence_log_prob(tiny, pair, name, None, 0).item(), abs=1e-3)
                 states = tiny.model(input_ids=torch.tensor([prompt + reply]), output_hidden_states=True).hidden_states
                 for layer in (0, 2):
-                    torch.testing.assert_close(pool.streams[layer][number][side], states[layer + 1][0], atol=1e-4, rtol=0)
-                torch.testing.assert_close(tiny.model.model.norm(pool.streams[3][number][side]), states[4][0], atol=1e-4, rtol=0)
+                    torch.testing.assert_close(stream_of(pool, layer, number, side), states[layer + 1][0], atol=1e-4, rtol=0)
+                torch.testing.assert_close(tiny.model.model.norm(stream_of(pool, 3, number, side)), states[4][0], atol=1e-4, rtol=0)
 
 
 def test_pairs_that_are_too_long_are_left_out_whole_and_counted(tiny_llama):
@@ -182,11 +184,11 @@ def test_pairs_that_are_too_long_are_left_out_whole_and_counted(tiny_llama):
     pool = cached(tiny_llama, pairs, max_tokens=limit)
     assert pool.names == [pair.name for pair, length in zip(pairs, lengths, strict=True) if length <= limit]
     assert pool.too_long == sum(length > limit for length in lengths) > 0
-    assert [pool.length(place) for place in range(len(pool.names))] == [length for length in lengths if length <= limit]
+    assert pool.lengths == [length for length in lengths if length <= limit]
     for place, name in enumerate(pool.names):
         pair = pairs[int(name.split()[1])]
-        assert pool.prompts[place] == tokens_of(tiny_llama, pair, "chosen")[0]
-        assert pool.replies[place] == (tokens_of(tiny_llama, pair, "chosen")[1], tokens_of(tiny_llama, pair, "rejected")[1])
+        assert pool.tokens.prompts[place] == tokens_of(tiny_llama, pair, "chosen")[0]
+        assert pool.tokens.replies[place] == (tokens_of(tiny_llama, pair, "chosen")[1], tokens_of(tiny_llama, pair, "rejected")[1])
 
 
 def test_a_count_takes_the_first_pairs_that_fit(tiny_llama):
@@ -206,39 +208,43 @@ def test_a_limit_that_no_pair_fits_is_refused_with_the_setting_to_raise(tiny_lla
 # --- the order of training --------------------------------------------------------------------------------------------
 
 
-def bare_pairs(count: int) -> CachedPairs:
+def bare_pairs(count: int) -> TokenPairs:
     """Pairs that have lengths and nothing else; 97 is prime, so that lengths are mixed."""
     lengths = [1 + (31 * number) % 97 for number in range(count)]
     names, prompts = [f"p{number}" for number in range(count)], [[0] * length for length in lengths]
-    return CachedPairs(names, prompts, [([0], [0])] * count, {}, torch.empty(count, 2), too_long=0)
+    return TokenPairs(names, prompts, [([0], [0])] * count, too_long=0)
+
+
+def batches_of(pool: TokenPairs, epoch: int, batch_size: int, seed: int) -> list[list[int]]:
+    return epoch_batches(pool.names, pool.lengths, epoch, batch_size, seed)
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(1, 4), (7, 4), (64, 4), (101, 8), (33, 1)])
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_an_epoch_covers_each_pair_exactly_once(count, batch_size, epoch):
-    batches = epoch_batches(bare_pairs(count), epoch, batch_size, seed=5)
+    batches = batches_of(bare_pairs(count), epoch, batch_size, seed=5)
     assert Counter(pair for batch in batches for pair in batch) == Counter(range(count))
     assert len(batches) == math.ceil(count / batch_size) and max(map(len, batches)) <= batch_size
 
 
 def test_epochs_and_seeds_have_orders_of_their_own_and_the_same_again():
     pool = bare_pairs(60)
-    orders = [epoch_batches(pool, epoch, 4, seed) for epoch, seed in ((1, 5), (2, 5), (1, 6))]
+    orders = [batches_of(pool, epoch, 4, seed) for epoch, seed in ((1, 5), (2, 5), (1, 6))]
     assert orders[0] != orders[1] != orders[2] != orders[0]
-    assert epoch_batches(pool, 1, 4, 5) == orders[0]
+    assert batches_of(pool, 1, 4, 5) == orders[0]
     batches = [set(map(frozenset, order)) for order in orders]
     assert not batches[0] & batches[1], "pairs meet other pairs in the next epoch"
 
 
 def test_batches_hold_pairs_of_similar_length_and_come_in_no_order_of_length():
     pool = bare_pairs(96)
-    batches = epoch_batches(pool, 1, 8, seed=5)
+    batches = batches_of(pool, 1, 8, seed=5)
     spread = np.mean([max(map(pool.length, batch)) - min(map(pool.length, batch)) for batch in batches])
     order = [pair for batch in batches for pair in batch]
     random = np.random.default_rng(0).permutation(order).reshape(-1, 8)
     assert spread < 0.6 * np.mean([max(map(pool.length, batch)) - min(map(pool.length, batch)) for batch in random.tolist()])
     # Lengths are sorted within four batches at a time; over thirty epochs no place among the four may have the short ones.
-    means = [np.mean([pool.length(pair) for pair in batch]) for epoch in range(30) for batch in epoch_batches(pool, epoch, 8, seed=5)]
+    means = [np.mean([pool.length(pair) for pair in batch]) for epoch in range(30) for batch in batches_of(pool, epoch, 8, seed=5)]
     assert abs(np.corrcoef(means, np.arange(len(means)) % 4)[0, 1]) < 0.2
 
 
@@ -344,7 +350,7 @@ def test_the_vectors_are_those_of_a_naive_training_loop(shared):
     """AdamW by hand (Loshchilov & Hutter 2019, algorithm 2), the naive loss, transformers' schedule; only the order is taken over."""
     model, trained, pairs = shared["model"], shared["trained"], separable_pairs(24)
     settings = SCHEDULE
-    batches = [(epoch, rows) for epoch in (1, 2) for rows in epoch_batches(shared["training"], epoch, settings.batch_size, 7)]
+    batches = [(epoch, rows) for epoch in (1, 2) for rows in batches_of(shared["training"].tokens, epoch, settings.batch_size, 7)]
     vector, first, second, vectors = torch.zeros(64), torch.zeros(64), torch.zeros(64), {}
     for step, (epoch, rows) in enumerate(batches):
         direction = int(trained.directions[step])
@@ -370,6 +376,39 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_another_vector(share
     assert repeated.vectors.tobytes() == shared["trained"].vectors.tobytes()
     assert repeated.losses.tobytes() == shared["trained"].losses.tobytes() and repeated.evaluations == shared["trained"].evaluations
     assert not np.allclose(other.vectors, repeated.vectors)
+
+
+@pytest.mark.parametrize("pairs_done", [0, 9, 24, 31, 47, 130])
+def test_a_run_that_was_ended_anywhere_goes_on_to_the_same_bits(shared, tmp_path, monkeypatch, pairs_done):
+    """Checkpoints after every step; the run ends in the first step, within an epoch, at its end, in an evaluation and near the end."""
+    monkeypatch.setattr("relseek_assets.vectors.bipo.SAVE_EVERY", 0.0)
+    scratch, done = Scratch(tmp_path, "1", 0), 0
+
+    def end(pairs: int) -> None:
+        nonlocal done
+        done += pairs
+        if done > pairs_done:
+            raise KeyboardInterrupt
+
+    arguments = (shared["model"], LAYER, shared["training"], shared["heldout"], SCHEDULE)
+    with pytest.raises(KeyboardInterrupt):
+        train(*arguments, seed=7, scratch=scratch, report=end)
+    losses, reported = [], []
+    monkeypatch.setattr("relseek_assets.vectors.bipo.bipo_loss", lambda *given: losses.append(1) or bipo_loss(*given))
+    resumed = train(*arguments, seed=7, scratch=scratch, report=reported.append)
+    assert resumed.vectors.tobytes() == shared["trained"].vectors.tobytes()
+    assert resumed.losses.tobytes() == shared["trained"].losses.tobytes() and resumed.evaluations == shared["trained"].evaluations
+    assert sum(reported) == 3 * (24 + 2 * 12), "what was done before counts as done"
+    if pairs_done >= 24:
+        assert len(losses) < 18 + 6, "steps before the checkpoint are not taken again"
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_from(shared, tmp_path):
+    arguments = (shared["model"], LAYER, shared["training"], shared["heldout"])
+    train(*arguments, replace(SCHEDULE, learning_rate=0.01), seed=7, scratch=Scratch(tmp_path, "1", 0))
+    assert train(*arguments, SCHEDULE, seed=7, scratch=Scratch(tmp_path, "1", 0)).vectors.tobytes() == shared["trained"].vectors.tobytes()
+    train(*arguments, SCHEDULE, seed=8, scratch=Scratch(tmp_path, "1", 0))
+    assert train(*arguments, SCHEDULE, seed=7, scratch=Scratch(tmp_path, "2", 0)).vectors.tobytes() == shared["trained"].vectors.tobytes()
 
 
 def test_all_layers_see_the_same_sequence_of_directions(shared):
@@ -438,3 +477,20 @@ def test_a_vector_of_zeros_has_learnt_nothing(shared):
         found = evaluate(shared["model"], LAYER, shared["heldout"], torch.zeros(64), 1, direction, SCHEDULE, lambda _pairs: None)
         assert found.loss == pytest.approx(math.log(2), abs=1e-5)
         assert [found.margin, found.reward_chosen, found.reward_rejected] == pytest.approx([0, 0, 0], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_the_embedded_models_vector_is_that_of_the_naive_loop(embedded_model):
+    """Real weights, real lengths: same pairs, same order, same seed."""
+    study = load_study("quickstart")
+    conversations = read_conversations(study.behaviour_folder / FILES["starter_conversations"])
+    frame = training_pairs(preference_pairs(conversations, heldout_share=0.2, seed=study.seed), study.seed).head(60)
+    pairs = [Pair(row.pair, list(row.prompt), row.chosen, row.rejected) for row in frame.itertuples()]
+    pool = cache_pairs(embedded_model, pairs, [24], count=8, max_tokens=140)
+    settings = Schedule(beta=0.1, learning_rate=0.045, weight_decay=0.0, batch_size=4, warmup_steps=2, max_grad_norm=1.0, epochs=2)
+    found = train(embedded_model, 24, pool, pool, settings, seed=3)
+    expected, losses = naive_bipo.train(embedded_model, 24, pool.tokens, settings, seed=3)
+    np.testing.assert_allclose(found.losses, losses, atol=1e-4)
+    vector = found.vectors[-1]
+    assert vector @ expected / np.linalg.norm(vector) / np.linalg.norm(expected) > 0.999
+    assert np.linalg.norm(vector) == pytest.approx(np.linalg.norm(expected), rel=1e-3)

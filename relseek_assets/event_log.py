@@ -1,0 +1,59 @@
+"""Dagster's SQLite event log with its connections kept open, for a process that records many partitions.
+
+Dagster 1.13 opens the database, and compiles every statement, anew for each event: some 20 ms an event, several events a partition. Here
+belongs only that; what the events say belongs in `lineage.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import dagster as dg
+from dagster._core.storage.event_log.sqlite.sqlite_event_log import SqliteEventLogStorage
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.pool import QueuePool
+
+WAIT = 60  # seconds for another process, a daemon say, to finish writing
+
+
+@contextmanager
+def kept_open(instance: dg.DagsterInstance) -> Iterator[None]:
+    """Inside, this process keeps its connections to the event log; any other storage than SQLite files is left as it is."""
+    storage = getattr(instance.event_log_storage, "_event_log_storage", instance.event_log_storage)  # Dagster wraps it where all is in one place
+    if not isinstance(storage, SqliteEventLogStorage):
+        yield
+        return
+    engines: dict[str, Engine] = {}
+
+    @contextmanager
+    def connect(shard: str) -> Iterator[Connection]:
+        with storage._db_lock:
+            if shard not in engines:
+                engines[shard] = _engine(storage.conn_string_for_shard(shard))
+            if shard not in storage._initialized_dbs:
+                storage._initdb(engines[shard])
+                storage._initialized_dbs.add(shard)
+            with engines[shard].connect() as connection, connection.begin():
+                yield connection
+
+    patched: Any = storage
+    patched._connect = connect
+    try:
+        yield
+    finally:
+        del patched._connect
+        for engine in engines.values():
+            engine.dispose()
+
+
+def _engine(address: str) -> Engine:
+    engine = create_engine(address, poolclass=QueuePool, pool_size=1, max_overflow=-1, connect_args={"timeout": WAIT, "check_same_thread": False})
+
+    @event.listens_for(engine, "connect")
+    def quick(connection: Any, _record: Any) -> None:
+        # with a write-ahead log, as Dagster sets it, NORMAL loses nothing when a process dies; a power cut may lose the last records, never the file
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+    return engine

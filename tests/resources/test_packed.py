@@ -1,0 +1,127 @@
+"""A packed row gives every prompt and reply the numbers that rows of their own would give them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from relseek_resources.models import ModelError
+from relseek_resources.models.packed import Tree
+
+PROMPTS = ["Hi", "How do I bake bread without an oven at home?", "Tell me about rain."]
+REPLIES = [("Hello there!", "What?"), ("Use a pan.", "No idea, sorry about that, ask a baker.", "Buy it"), ("It falls.",)]
+
+
+def tokens(model, replies=REPLIES):
+    prompts = [model.prompt_tokens([{"role": "user", "content": text}]) for text in PROMPTS]
+    return prompts, [[model.reply_tokens(text) for text in several] for several in replies]
+
+
+def alone(model, prompts, replies):
+    """Log-probabilities of every reply's tokens, each reply in a row of its own by the transformers model itself."""
+    found = []
+    for prompt, several in zip(prompts, replies, strict=True):
+        for reply in several:
+            logits = model.model(input_ids=torch.tensor([[*prompt, *reply]])).logits[0].log_softmax(-1)
+            found += [logits[len(prompt) + place - 1, token] for place, token in enumerate(reply)]
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def test_log_probs_of_replies_that_share_a_prompt_are_those_of_rows_of_their_own(tiny):
+    prompts, replies = tokens(tiny)
+    packed = tiny.pack(prompts, replies)
+    assert packed.ids.shape[1] == sum(map(len, prompts)) + sum(len(reply) for several in replies for reply in several), "no padding, each prompt once"
+    found = tiny.packed_log_probs(tiny.hidden(packed), packed)
+    torch.testing.assert_close(found, alone(tiny, prompts, replies), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_steering_reaches_every_token_of_a_packed_row(tiny):
+    prompts, replies = tokens(tiny)
+    packed, vector = tiny.pack(prompts, replies), torch.randn(64, generator=torch.Generator().manual_seed(3))
+    with tiny.steer(vector, 1, 1.5):
+        found = tiny.packed_log_probs(tiny.hidden(packed), packed)
+        expected = alone(tiny, prompts, replies)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert (found - tiny.packed_log_probs(tiny.hidden(packed), packed)).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_a_packed_row_can_be_taken_up_after_any_block(tiny):
+    packed = tiny.pack(*tokens(tiny))
+    streams, hidden = tiny.run_to(packed, [0, 2], to_end=True)
+    for layer in (0, 2):
+        torch.testing.assert_close(tiny.run_from(packed, layer, streams[layer]), hidden, atol=1e-5, rtol=0)
+
+
+def test_the_gradient_with_respect_to_the_stream_is_that_of_rows_of_their_own(tiny):
+    prompts, replies = tokens(tiny)
+    packed, vector = tiny.pack(prompts, replies), torch.zeros(64, requires_grad=True)
+    weights = torch.linspace(-1, 1, len(packed.targets))
+    handle = tiny.blocks[1].register_forward_hook(lambda _module, _inputs, stream: stream + vector)
+    try:
+        (expected,) = torch.autograd.grad((alone(tiny, prompts, replies) * weights).sum(), vector)
+        (found,) = torch.autograd.grad((tiny.packed_log_probs(tiny.hidden(packed), packed) * weights).sum(), vector)
+    finally:
+        handle.remove()
+    assert expected.norm() > 1e-2
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@torch.no_grad()
+def test_the_models_own_attention_is_back_afterwards_even_after_an_error(tiny):
+    before = tiny.model.config._attn_implementation
+    batch = tiny.batch([tokens(tiny)[0][1]])
+    expected = tiny.hidden(batch)
+    tiny.hidden(tiny.pack(*tokens(tiny)))
+    with pytest.raises(RuntimeError, match="stop"):
+        tiny.run_from(tiny.pack(*tokens(tiny)), 1, Failing())
+    assert tiny.model.config._attn_implementation == before
+    assert torch.equal(tiny.hidden(batch), expected)
+
+
+class Failing:
+    """A stream that fails as soon as a block looks at it."""
+
+    def __getattr__(self, name: str):
+        raise RuntimeError("stop")
+
+
+def test_the_logits_of_long_replies_are_made_in_pieces(tiny_llama, monkeypatch):
+    packed = tiny_llama.pack(*tokens(tiny_llama))
+    hidden = tiny_llama.hidden(packed).detach().requires_grad_()
+    whole = tiny_llama.packed_log_probs(hidden, packed)
+    (expected,) = torch.autograd.grad(whole.square().sum(), hidden)
+    monkeypatch.setattr("relseek_resources.models.packed.LOGITS_AT_ONCE", 5 * len(tiny_llama.model.get_output_embeddings().weight))
+    pieces = tiny_llama.packed_log_probs(hidden, packed)
+    (found,) = torch.autograd.grad(pieces.square().sum(), hidden)
+    torch.testing.assert_close(pieces, whole, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_log_probs_of_very_sure_logits_neither_overflow_nor_vanish(tiny_llama):
+    packed = tiny_llama.pack(*tokens(tiny_llama))
+    hidden = 1e4 * tiny_llama.hidden(packed).detach()
+    found = tiny_llama.packed_log_probs(hidden, packed)
+    logits = tiny_llama.model.get_output_embeddings()(hidden[0, packed.sources]).double().log_softmax(-1)
+    expected = logits[torch.arange(len(packed.targets)), packed.targets]
+    assert torch.isfinite(found).all()
+    np.testing.assert_allclose(found.detach().numpy(), expected.detach().numpy(), rtol=1e-4)
+
+
+def test_where_a_tree_says_its_replies_begin():
+    assert Tree(start=7, prompt=3, replies=(4, 2, 5)).starts == [10, 14, 16]
+
+
+@pytest.mark.parametrize(("prompts", "replies"), [([[]], [[[1]]]), ([[1]], [[[1], []]])])
+def test_empty_prompts_and_replies_are_refused(tiny_llama, prompts, replies):
+    with pytest.raises(ModelError, match="need a token"):
+        tiny_llama.pack(prompts, replies)
+
+
+def test_numbers_that_are_given_one_a_row_are_refused_because_all_is_one_row(tiny_llama):
+    packed = tiny_llama.pack(*tokens(tiny_llama))
+    with tiny_llama.steer(torch.ones(64), 1, [1.0, 2.0, 3.0]), pytest.raises(ModelError, match="3 multipliers but called with 1 rows"):
+        tiny_llama.hidden(packed)
