@@ -411,7 +411,7 @@ def import_() -> None:
 @click.option("--note", default="", help="Where it comes from, for the record.")
 @_explained
 def import_vector(study: str, file: Path, site: str, epoch: int, note: str) -> None:
-    """FILE is a safetensors file with one float vector as wide as the model's residual stream."""
+    """FILE is a .safetensors, .pt or .gguf file with a float vector as wide as the model's residual stream; `relseek vectors import` is the same."""
     from relseek_assets.exchange import import_vector as bring
 
     click.echo(bring(_workspace(study), file, site, epoch, note))

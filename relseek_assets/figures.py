@@ -74,6 +74,12 @@ def _styled(frame: pd.DataFrame, by: list[str]) -> Iterator[tuple[str, pd.DataFr
         yield label, part, {"color": COLOURS[number % len(COLOURS)], "marker": marker}
 
 
+def _epoch_ticks(axes: Axes, frame: pd.DataFrame) -> None:
+    """A tick an epoch; of more than ten epochs every second or further one, the last among them."""
+    epochs = sorted(frame["epoch"].unique(), reverse=True)
+    axes.set_xticks(epochs[:: -(-len(epochs) // 10)])
+
+
 def dose_response(frame: pd.DataFrame, rubric: str) -> Figure:
     """Mean score by dose with its interval, one line a site and epoch."""
     figure, (axes,) = blank()
@@ -98,7 +104,7 @@ def training_curves(frame: pd.DataFrame) -> Figure:
             error = (part["accuracy"] * (1 - part["accuracy"]) / part["n"]) ** 0.5
             right.errorbar(part["epoch"], part["accuracy"], yerr=error, linestyle=dash, capsize=2, **style)
     for axes in (left, right):
-        axes.set_xticks(sorted(frame["epoch"].unique()))
+        _epoch_ticks(axes, frame)
     left.set(xlabel="epoch", ylabel="held-out loss (nats)", ylim=(0, 1.08 * frame["loss"].max()), title="BiPO loss")
     right.set(xlabel="epoch", ylabel="sign-correct accuracy", ylim=(0, 1.05), title="Accuracy ± standard error")
     left.legend(fontsize=7)
@@ -113,7 +119,7 @@ def margin_curves(frame: pd.DataFrame) -> Figure:
             part = line[line["direction"] == sign].sort_values("epoch")
             axes.plot(part["epoch"], part["margin"], linestyle=dash, label=f"{label} d={sign:+d}", **style)
     axes.axhline(0, color="grey", linewidth=0.6)
-    axes.set_xticks(sorted(frame["epoch"].unique()))
+    _epoch_ticks(axes, frame)
     axes.set(xlabel="epoch", ylabel="β (log-ratio chosen - rejected) (nats)", title="Held-out margin")
     axes.legend(fontsize=7)
     return figure
@@ -126,7 +132,7 @@ def vector_cosines(frame: pd.DataFrame) -> Figure:
         axes.plot(line["epoch"], line["cosine_to_last"], label=label, **style)
     axes.set(xlabel="epoch", ylabel="cosine with the last epoch's vector", title="Direction by epoch")
     axes.set_ylim(top=1.02)
-    axes.set_xticks(sorted(frame["epoch"].unique()))
+    _epoch_ticks(axes, frame)
     axes.legend(fontsize=8)
     return figure
 
@@ -146,7 +152,7 @@ def cosine_matrix(frame: pd.DataFrame) -> Figure:
         matrix.loc[first, second] = matrix.loc[second, first] = cosine
     for name in names:
         matrix.loc[name, name] = 1.0
-    picture = axes.imshow(matrix.to_numpy(), vmin=-1, vmax=1, cmap="PuOr_r")
+    picture = axes.imshow(matrix.to_numpy(), vmin=-1, vmax=1, cmap=mpl.colormaps["PuOr_r"].with_extremes(bad="0.85"))
     axes.grid(visible=False)
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     axes.set_yticks(range(len(names)), names, fontsize=7)
@@ -157,7 +163,7 @@ def cosine_matrix(frame: pd.DataFrame) -> Figure:
                 if value == value:
                     axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if abs(value) > 0.7 else "black")
     figure.colorbar(picture, ax=axes, label="cosine")
-    axes.set_title("Cosine between vectors (white: not comparable)")
+    axes.set_title("Cosine between vectors (grey: not compared)")
     return figure
 
 
@@ -181,7 +187,7 @@ def vector_norms(frame: pd.DataFrame) -> Figure:
     for label, line, style in _styled(frame, ["site"]):
         axes.plot(line["epoch"], line["norm"], label=label, **style)
     axes.set(xlabel="epoch", ylabel="norm of v (residual-stream units)", ylim=(0, 1.08 * frame["norm"].max()), title="Vector norm by epoch")
-    axes.set_xticks(sorted(frame["epoch"].unique()))
+    _epoch_ticks(axes, frame)
     axes.legend(fontsize=8)
     return figure
 

@@ -131,7 +131,8 @@ class Partitions:
 
     def of_my_derived_vector(self) -> dg.PartitionMapping:
         """At a dose: the vector of my site and epoch, where my site is a derived one."""
-        return self._sites_and_steps({site: {site} for site in self._study.derived_sites}, self.step_to_doses)
+        steps = {step_key(found.epoch): self.step_to_doses[step_key(found.epoch)] for found in self._study.derived_sites.values()}
+        return self._sites_and_steps({site: {site} for site in self._study.derived_sites}, steps)
 
     def of_my_origin(self) -> dg.PartitionMapping:
         """At a derived vector: the vector that it was made from."""

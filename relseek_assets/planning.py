@@ -118,23 +118,28 @@ class Workspace:
         """The state of every partition of the named assets and of all upstream of them.
 
         A partition that is fresh by itself but reads one that is missing or stale is stale because of it. Upstream of an
-        imported partition nothing is asked for. A partition is absent, and never planned, where what it is made from is not here.
+        imported partition nothing is asked for. A partition is absent, and never planned, where what it is made from is not here: a
+        published file, another study's asset, or all that it reads of one of the study's own assets.
         """
         lineage = self.lineage()
         found: dict[Node, State] = {}
 
         def judged(node: Node) -> State:
-            lacking = self._lacking(lineage, node)
-            if lacking:
-                return State("absent", lacking)
             state = self.state(lineage, node)
             if state.status == "imported":
                 return state
-            parents = self._parents(lineage, node)
-            statuses = [visit(parent).status for parent in parents]
-            waiting = [parent[0] for parent, status in zip(parents, statuses, strict=True) if status in ("missing", "stale")]
-            if state.status == "missing" and statuses and set(statuses) == {"absent"}:
-                return State("absent", found[parents[0]].reason)
+            inputs = lineage.parents(self.stage.key(node[0]), node[1])
+            lacking = self._lacking(lineage, node[0], inputs)
+            if lacking:
+                return State("absent", lacking)
+            read: dict[str, list[State]] = {}
+            for key, partition in inputs:
+                if self._mine([key]) and self.stage.partitions.exists(partition):
+                    read.setdefault(key.path[-1], []).append(visit((key.path[-1], multi(partition))))
+            for name, states in read.items() if state.status == "missing" else ():
+                if name not in self.catalogue[node[0]].optional and {found.status for found in states} == {"absent"}:
+                    return State("absent", states[0].reason)
+            waiting = [name for name, states in read.items() if {"missing", "stale"} & {found.status for found in states}]
             if state.status == "fresh" and waiting:
                 return State("stale", f"waits for {waiting[0]}", state.version)
             return state
@@ -149,25 +154,14 @@ class Workspace:
                 visit((name, partition))
         return found
 
-    def _parents(self, lineage: Lineage, node: Node) -> list[Node]:
-        """What a partition reads of the study's own assets."""
-        return [
-            (key.path[-1], multi(partition))
-            for key, partition in lineage.parents(self.stage.key(node[0]), node[1])
-            if self._mine([key]) and self.stage.partitions.exists(partition)
-        ]
-
-    def _lacking(self, lineage: Lineage, node: Node) -> str:
-        """Why a partition cannot be made: the first input that it needs and that is not here. Empty where there is none, and for imported ones."""
-        name, partition = node
-        needed = {self.stage.key(need) for need in self.catalogue[name].needs}
-        if not needed or lineage.imported(self.stage.key(name), partition):
-            return ""
-        for key, upstream in lineage.parents(self.stage.key(name), partition):
-            if key in needed and lineage.version(key, upstream) in (None, sources.ABSENT):
-                if key.path[0] == self.study.name:
-                    return f"absent from {key.path[-1]}"
+    def _lacking(self, lineage: Lineage, name: str, inputs: Sequence[tuple[dg.AssetKey, str | None]]) -> str:
+        """Why a partition of `name` cannot be made: the first published file or other study's asset among its inputs that is not here, or nothing."""
+        for key, upstream in inputs:
+            elsewhere = key.path[0] != self.study.name
+            if elsewhere and key.to_user_string() not in self.catalogue[name].optional and lineage.version(key, upstream) is None:
                 return f"needs {key.to_user_string()} {upstream or ''}; `relseek run {key.path[0]}` computes it"
+            if not elsewhere and key.path[-1] in sources.OPTIONAL and lineage.version(key, upstream) in (None, sources.ABSENT):
+                return f"absent from {key.path[-1]}"
         return ""
 
     def unmet(self, select: Sequence[str] = ()) -> list[str]:
@@ -175,8 +169,10 @@ class Workspace:
         lineage = self.lineage()
         lines = []
         for name in [self.asset(chosen).name for chosen in select] or self.order():
-            if any("/" in need for need in self.catalogue[name].needs):
-                reasons = [reason for key in self.partitions(name) if (reason := self._lacking(lineage, (name, key)))]
+            key = self.stage.key(name)
+            if any(parent.path[0] != self.study.name for parent in self.graph.get(key).parent_keys):
+                found = [self._lacking(lineage, name, lineage.parents(key, partition)) for partition in self.partitions(name)]
+                reasons = list(filter(None, found))
                 lines += [f"{name}: {_count(len(reasons), 'partition')} left out: {reasons[0]}"] if reasons else []
         return lines
 

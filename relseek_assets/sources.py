@@ -211,7 +211,11 @@ def changes(study: Study, instance: dg.DagsterInstance) -> list[dg.AssetObservat
     found = []
     for name, look in _readers(study).items():
         key = dg.AssetKey([study.name, name])
-        known = latest_by_partition(instance, key, True) if name in PARTITIONED else {None: instance.get_latest_data_version_record(key, True)}
+        known: dict[str | None, Any] = {}
+        if name in PARTITIONED:
+            known = latest_by_partition(instance, key, True)
+        else:
+            known[None] = instance.get_latest_data_version_record(key, True)
         for partition, (version, metadata) in look().items():
             before = version_of(known.get(None if partition is None else str(partition)))
             if version != before and not (before is None and version == ABSENT and name in OPTIONAL):

@@ -64,7 +64,7 @@ class StageAsset:
 
     `schema` is None unless they are tables, and a mapping where every partition is a table of its own shape. `view` turns the rows of all
     partitions into what readers are shown, where a column depends on partitions beside. `seconds` is the stated estimate for one
-    partition, used until a run has measured it. `needs` names the inputs without which a partition cannot be: where theirs is absent, it is.
+    partition, used until a run has measured it. `optional` names inputs that may be absent without the partition's being so.
     """
 
     name: str
@@ -73,7 +73,7 @@ class StageAsset:
     schema: TableSchema | Mapping[str, TableSchema] | None = None
     seconds: float = 0.1
     view: Callable[[pd.DataFrame], pd.DataFrame] | None = None
-    needs: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
     def schema_of(self, partition: str | None) -> TableSchema:
         assert self.schema is not None, f"{self.name} is no table"
@@ -275,7 +275,7 @@ class Stage:
         kinds: Sequence[str] = (),
         pool: str | None = None,
         seconds: float = 0.1,
-        needs: Sequence[str] = (),
+        optional: Sequence[str] = (),
     ) -> Callable[[Callable[[Work], Iterator[dg.AssetMaterialization]]], StageAsset]:
         """Declare an asset of the study.
 
@@ -287,7 +287,7 @@ class Stage:
             schema: of its tables, or one for each partition.
             view: from the rows of all partitions to what readers are shown.
             seconds: a stated estimate for one partition of the quickstart on two cores.
-            needs: those of `deps` without which a partition is absent instead of missing.
+            optional: those of `deps` that are read where they are there: published files or other studies' assets, and what is made from them.
         """
 
         def declare(body: Callable[[Work], Iterator[dg.AssetMaterialization]]) -> StageAsset:
@@ -322,7 +322,7 @@ class Stage:
                     work.say_statuses()
                 yield dg.Output(None, metadata=ALREADY_RECORDED)
 
-            found = StageAsset(name, definition, form, schema, seconds, view, tuple(needs))
+            found = StageAsset(name, definition, form, schema, seconds, view, tuple(optional))
             self.catalogue[name] = found
             return found
 

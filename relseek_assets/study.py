@@ -156,6 +156,7 @@ class Compute(_Settings):
     Nothing here changes a result beyond rounding, and changing it makes none stale. A process takes `pairs_at_once` pairs through the model together,
     its whole share of a batch at 0; `checkpoint_activations` recomputes activations in the backward pass instead of keeping them. `cache_gb` is
     the disk that the launcher 'here' may take, while it trains, for the streams entering the trained blocks; what does not fit is recomputed.
+    `compile` has torch compile the blocks' token-wise parts first, which pays on a GPU and in long runs.
     """
 
     launcher: Literal["here", "accelerate"] = "here"
@@ -163,10 +164,11 @@ class Compute(_Settings):
     pairs_at_once: int = Field(default=0, ge=0)
     checkpoint_activations: bool = False
     cache_gb: float = Field(default=16.0, ge=0)
+    compile: bool = False
 
     @model_validator(mode="after")
     def _checked(self) -> Compute:
-        given = sorted(self.model_fields_set - {"launcher", "cache_gb"})
+        given = sorted(self.model_fields_set - {"launcher", "cache_gb", "compile"})
         if self.launcher == "here" and given:
             raise ValueError(f"{given[0]} is read by the launcher 'accelerate' alone; add launcher = \"accelerate\" or remove {given[0]}")
         return self

@@ -108,10 +108,10 @@ class Launcher(dg.ConfigurableResource):
         return {name: value for message in done.get_custom_messages() for name, value in message.items()}
 
 
-# One machine, weights read once a machine, a free port, every rank's output in a file and on the terminal.
+# One machine, a free port, the model loaded by what is launched, every rank's output in a file and on the terminal.
 LAUNCH_OPTIONS = (
     *("--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
-    *("--use_fsdp", "--fsdp_version", "2", "--fsdp_cpu_ram_efficient_loading", "true", "--tee", "3"),
+    *("--use_fsdp", "--fsdp_version", "2", "--fsdp_cpu_ram_efficient_loading", "false", "--tee", "3"),
 )
 
 

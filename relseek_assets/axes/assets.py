@@ -14,7 +14,6 @@ import pandas as pd
 from relseek_assets import intervention_figures as figures
 from relseek_assets.axes import drift as drifting
 from relseek_assets.axes import interventions, likeness
-from relseek_assets.judging.tables import COHERENCE_CALIBRATION
 from relseek_assets.persona_set import ASSISTANT, Persona, Prompt, read_persona_set
 from relseek_assets.stage import VECTORS, Stage, Work, plot
 from relseek_resources.judges import coherence
@@ -109,7 +108,7 @@ def _judges(stage: Stage, settings: Interventions) -> None:
         rubric = read_persona_set(study.persona_folder).likeness_rubric
         for name in work.partitions:
             heldout = work.read_tensors("likeness_judge", name)[0]["heldout"].astype(float)
-            frame = likeness.quality(work.read_table("persona_replies", name), heldout, settings.bootstrap, study.seed)
+            frame = likeness.quality(work.read_table("persona_replies", name), heldout, settings.bootstrap, study.seed).assign(model=name)
             whole = frame[frame["persona"] == "all"].set_index("metric")["value"]
             shown = {"auc": whole["auc"], "accuracy": whole["accuracy"], "rubric": rubric.name}
             yield work.table(name, frame, {"plot": plot(figures.likeness_by_persona(frame)), **shown})
@@ -137,9 +136,7 @@ def _judges(stage: Stage, settings: Interventions) -> None:
                 perplexities = plain_perplexities(model, prompts, [item.text for item in damaged], report)
             judge = coherence.fit(damaged, perplexities)
             given = judge.scores([item.text for item in damaged], perplexities)
-            kinds = [f"{texts['persona_kind'].iloc[item.source]}, {item.kind}" for item in damaged]
-            frame = pd.DataFrame({"kind": kinds, "truth": [1 + 9 * item.coherence for item in damaged], "given": given})
-            summary = frame.groupby(["kind", "truth"])["given"].agg(mean="mean", sd="std", n="count").reset_index()
+            summary = interventions.calibration(damaged, list(texts["persona_kind"]), given).assign(model=name)
             header = {"judge": coherence.NAME, "model": model_named(study, name).source, "calibration": summary.to_json(orient="records")}
             yield work.tensors(name, judge.arrays(), header, {"texts": len(damaged)})
 
@@ -149,7 +146,7 @@ def _judges(stage: Stage, settings: Interventions) -> None:
         description="Scores that the coherence judge gives to the replies that it was calibrated on, by kind of persona and damage.",
         partitions=stage.partitions.model,
         deps={"coherence_judge": MINE},
-        schema=COHERENCE_CALIBRATION,
+        schema=interventions.COHERENCE_CALIBRATION,
     )
     def coherence_calibration(work: Work) -> Iterator[dg.AssetMaterialization]:
         for name in work.partitions:

@@ -20,10 +20,11 @@ import numpy as np
 import pandas as pd
 
 from relseek_assets.axes.resampling import METHOD, crossed_draws, interval, weighted_means
-from relseek_assets.persona_set import PersonaSetError, Prompt
+from relseek_assets.persona_set import PERSONA_KINDS, PersonaSetError, Prompt
 from relseek_resources.storage import Column, TableSchema
 
 if TYPE_CHECKING:
+    from relseek_resources.judges.coherence import Damaged
     from relseek_resources.models import Intervention
 
 NONE, ADD, FLOOR = "none", "add", "floor"
@@ -70,6 +71,20 @@ INTERVENTION_SCORES = TableSchema(
         Column("perplexity", "number", "of the reply under the plain model, asked the prompt without a persona", low=1, nullable=True),
     ),
     key=KEY,
+)
+
+COHERENCE_CALIBRATION = TableSchema(
+    "coherence_calibration",
+    (
+        MODEL,
+        Column("persona_kind", "string", "whose replies were damaged", choices=PERSONA_KINDS),
+        Column("kind", "string", "how the text was damaged"),
+        Column("truth", "number", "coherence that the damage leaves, 1 to 10", low=1, high=10),
+        Column("mean", "number", "score given", low=1, high=10),
+        Column("sd", "number", "of the scores", nullable=True, low=0),
+        Column("n", "integer", "texts", low=1),
+    ),
+    key=("model", "persona_kind", "kind"),
 )
 
 INTERVENTION_SUMMARY = TableSchema(
@@ -244,6 +259,23 @@ def of_rows(axis: Axis, rows: Sequence[Setting]) -> list[Intervention]:
         limits = [-math.inf if row.thresholds is None else row.thresholds[row.layers.index(layer)] for row in rows]
         found.append(Floor(axis.units[layer], layer, limits))
     return found
+
+
+def calibration(damaged: Sequence[Damaged], persona_kinds: Sequence[str], given: np.ndarray) -> pd.DataFrame:
+    """Scores of damaged texts by kind of persona and damage, as `COHERENCE_CALIBRATION` without the model's name.
+
+    Args:
+        persona_kinds: of the texts that were damaged, by `source`.
+    """
+    frame = pd.DataFrame(
+        {
+            "persona_kind": [persona_kinds[item.source] for item in damaged],
+            "kind": [item.kind for item in damaged],
+            "truth": [1 + 9 * item.coherence for item in damaged],
+            "given": given,
+        }
+    )
+    return frame.groupby(["persona_kind", "kind", "truth"])["given"].agg(mean="mean", sd="std", n="count").reset_index()
 
 
 # --- from scores to estimates -----------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ FEWEST = 2  # of each kind of persona, and of queries: one of each is held out
 LIKENESS_QUALITY = TableSchema(
     "likeness_quality",
     (
+        Column("model", "string", "name of the model in the study whose replies were judged"),
         Column("judge", "string", "who judged"),
         Column("persona", "string", "whose replies, or `all`"),
         Column("persona_kind", "string", "assistant, other, or `all`", choices=(ASSISTANT, OTHER, "all")),
@@ -50,7 +51,7 @@ LIKENESS_QUALITY = TableSchema(
         Column("queries", "integer", "queries among them", low=1),
         Column("method", "string", "how the interval was made"),
     ),
-    key=("judge", "persona", "metric"),
+    key=("model", "judge", "persona", "metric"),
 )
 
 
@@ -172,7 +173,8 @@ def _curve(projections: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
 
 
 def quality(replies: pd.DataFrame, heldout: np.ndarray, draws: int, seed: int) -> pd.DataFrame:
-    """AUC, accuracy and mean score of all replies, and accuracy and mean score persona by persona, as `LIKENESS_QUALITY`.
+    """AUC, accuracy and mean score of all replies, and accuracy and mean score persona by persona, as `LIKENESS_QUALITY` without the model's
+    name.
 
     Args:
         heldout: (rows,) scores of `replies`, 0 to 10.

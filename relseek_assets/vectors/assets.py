@@ -53,6 +53,8 @@ def trained_here(work: Work, settings: Model, sites: Sequence[str], pairs: pd.Da
 
     study = work.study
     model = work.resources.models.load(settings, work.log)
+    if study.compute.compile:
+        model.compile()
     layers = [layer_of(site) for site in sites]
     wanted, limit = study.pairs.training, study.pairs.max_tokens
     candidates, held = training_pairs(pairs, study.seed), heldout_pairs(pairs, study.seed)
@@ -212,7 +214,6 @@ def _published(stage: Stage) -> None:
         description="The published steering vector of a site after an epoch: float32, added to the residual stream after the site's block.",
         partitions=partitions.site_by_epoch,
         deps={"published_vectors": dg.IdentityPartitionMapping()},
-        needs=("published_vectors",),
         form=VECTORS,
         kinds=("numpy",),
     )
@@ -239,7 +240,6 @@ def _published(stage: Stage) -> None:
         "published one, which ignores it. Loss covers the whole test set, all else the share of rank 0.",
         partitions=partitions.site,
         deps={"published_evaluations": dg.IdentityPartitionMapping()},
-        needs=("published_evaluations",),
         schema=published.TRAINING_METRICS,
     )
     def training_metrics(work: Work) -> Iterator[dg.AssetMaterialization]:

@@ -58,11 +58,11 @@ class _Steered(torch.autograd.Function):
     """base + v at every token. Unlike a plain sum, v's gradient is added up in float32 whatever the stream's dtype."""
 
     @staticmethod
-    def forward(ctx: Any, base: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, base: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
         return base + vector.to(base.dtype)
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[None, torch.Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[None, torch.Tensor]:
         return None, upstream.float().sum((0, 1))
 
 

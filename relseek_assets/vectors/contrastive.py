@@ -324,7 +324,7 @@ def persona_geometry(activations: np.ndarray, rows: pd.DataFrame, units: np.ndar
         activations: (rows, layers, width); units: the axis, (layers, width).
 
     Returns:
-        layer, persona, persona_kind, hostile, n, projection (on the axis) with its standard error over replies, pc1 (score, centred), and of the layer
+        layer, persona, persona_kind, hostile, n, projection (on the axis) and its standard error over replies, pc1 (score, centred), and of the layer
         `pc1_share` of the variance between personas and `pc1_cosine`, |cosine| of the component with the axis.
     """
     personas = rows.groupby("persona", sort=False).agg(persona_kind=("persona_kind", "first"), hostile=("hostile", "first"), n=("query", "size"))

@@ -73,8 +73,7 @@ def compared(relation: str, pairs: Iterable[tuple[Named, Named]]) -> pd.DataFram
             continue
         row = {"relation": relation, "model": first.model, "cosine": cosine(first.values, second.values), "width": len(first.values)}
         for side, one in zip(SIDES, (first, second), strict=True):
-            named = {"study": one.study, "kind": one.kind, "site": one.site, "step": one.step, "layer": one.layer}
-            row |= {f"{name}_{side}": value for name, value in named.items()}
+            row |= {f"{name}_{side}": getattr(one, name) for name in ("study", "kind", "site", "step", "layer")}
         rows.append(row)
     return pd.DataFrame(rows, columns=list(GEOMETRY.names))
 

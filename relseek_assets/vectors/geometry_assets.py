@@ -53,7 +53,6 @@ def _derived(stage: Stage, used: Mapping[str, Study]) -> None:
         "behaviour. Swept, judged and selected as a site of its own.",
         partitions=partitions.derived_by_epoch,
         deps={"steering_vectors": partitions.of_my_origin(), **removed},
-        needs=tuple(removed),
         settings=[derived.model_dump() for derived in study.derived],
         form=VECTORS,
         kinds=("numpy",),
@@ -156,6 +155,7 @@ def _geometry(stage: Stage, used: Mapping[str, Study]) -> None:
             **({"derived_vectors": partitions.of(*derived)} if derived else {}),
             **others,
         },
+        optional=["derived_vectors", *others],
         schema=geometry.GEOMETRY,
     )
     def vector_geometry(work: Work) -> Iterator[dg.AssetMaterialization]:

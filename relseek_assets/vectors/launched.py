@@ -133,14 +133,22 @@ def train(request: Request) -> None:
 
 
 def loaded(request: Request, state: Any, log: Callable[[str], None]) -> SteeredModel:
-    """The model, sharded over the ranks. Only the first rank of a machine reads the weights; the others hold zeros that no page backs."""
-    from relseek_assets.vectors.trl_trainer import shard
+    """The model, sharded over the ranks. Only rank 0 reads the weights; the others know their shapes until they get their shards."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    if request.source.startswith(EMBEDDED):
-        with state.local_main_process_first():
-            converted(request.source, log)
+    from relseek_assets.vectors.trl_trainer import shard
+    from relseek_resources.models import SteeredModel
+
     log(f"loading {request.source} as {request.dtype}, sharded over {state.num_processes} processes")
-    model = load(request.source, dtype=request.dtype, device="cpu")
+    with state.main_process_first():  # who comes first converts an embedded model and reads its files
+        if state.is_main_process:
+            model = load(request.source, dtype=request.dtype, device="cpu", progress=log)
+        else:
+            where = str(converted(request.source)) if request.source.startswith(EMBEDDED) else request.source
+            with torch.device("meta"):
+                shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where), dtype=getattr(torch, request.dtype))
+            model = SteeredModel(shapes, AutoTokenizer.from_pretrained(where))
     shard(model, state.device)
     return model
 

@@ -37,18 +37,31 @@ METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rew
 def shard(model: SteeredModel, device: torch.device) -> None:
     """Split the frozen weights over all ranks, one decoder block at a time (FSDP2, full shard), with the values that rank 0 holds.
 
-    The other ranks may hold anything of the right shapes. A device never holds more than its shards and one whole block.
+    The other ranks' model may lie on torch's device `meta`. A device never holds more than its shards and one whole block.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for part in (*model.blocks, model.model):
+        _allocate(part, device)
         part.to(device)
         for tensor in (*part.parameters(), *part.buffers()):
             if not isinstance(tensor, DTensor):  # the blocks, once it is the turn of what lies around them
                 distributed.broadcast(tensor.data, src=0)
         fully_shard(part, mesh=mesh, reshard_after_forward=part is not model.model)
+
+
+def _allocate(part: torch.nn.Module, device: torch.device) -> None:
+    """Give memory to what lies on `meta`; a weight that two modules share stays shared, which `to_empty` does not see to."""
+    known: dict[int, torch.Tensor] = {}
+    for module in part.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_meta:
+                    empty = torch.empty_like(tensor, device=device)
+                    mine = torch.nn.Parameter(empty, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else empty
+                    tensors[name] = known.setdefault(id(tensor), mine)  # type: ignore[assignment]
 
 
 def passes(rows: Sequence[int], rank: int, ranks: int, at_once: int) -> list[tuple[list[int], bool]]:

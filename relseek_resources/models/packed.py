@@ -160,12 +160,12 @@ class _Rule:
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Causal attention of the last `queries` of `keys` tokens."""
         queries, keys = query.shape[2], key.shape[2]
-        windowed = self.window is not None and keys > self.window
-        if queries == keys and not windowed and self.softcap is None:
+        window = keys if self.window is None else min(self.window, keys)
+        if queries == keys == window and self.softcap is None:
             return scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scaling)
         place = torch.arange(keys, device=query.device)
         behind = place[keys - queries :, None] - place[None, :]
-        seen = (behind >= 0) & (behind < self.window) if windowed else behind >= 0
+        seen = (behind >= 0) & (behind < window)
         if self.softcap is None:
             return scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=self.scaling)
         scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if self.scaling is None else self.scaling)
@@ -195,7 +195,7 @@ class _LogProbs(torch.autograd.Function):
     """log softmax(h Wᵀ)[target] with d/dh = W[target] - softmax(h Wᵀ) W; W is frozen."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         wanted = ctx.needs_input_grad[0]
         found = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if wanted else None
@@ -213,6 +213,6 @@ class _LogProbs(torch.autograd.Function):
         return found
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream[:, None].to(gradient.dtype), None, None

@@ -129,7 +129,7 @@ def test_quality_is_that_of_the_scores_and_lies_in_its_interval():
     mine = frame[(frame["persona"] == "p4") & (frame["metric"] == "mean_score")].iloc[0]
     assert mine["value"] == pytest.approx(scores[replies["persona"] == "p4"].mean()) and mine["persona_kind"] == "other"
     assert len(frame) == 2 + 2 * 9
-    likeness.LIKENESS_QUALITY.to_arrow(frame, "test")
+    likeness.LIKENESS_QUALITY.to_arrow(frame.assign(model="m"), "test")
 
 
 def test_weighted_aucs_are_scikit_learns_ties_included():

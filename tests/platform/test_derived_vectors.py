@@ -132,7 +132,9 @@ def test_a_vector_without_sycophancy_is_swept_judged_and_selected_beside_the_oth
     before = finished.stored()
 
     waiting = finished.command("run", "STUDY")
+    assert waiting.exit_code == 0, waiting.output
     assert "needs other/steering_vectors m:L02|e03; `relseek run other` computes it" in waiting.output
+    assert {status for key, status in states(finished, "generations").items() if key.startswith(DERIVED)} == {"absent"}
     assert finished.command("run", other, "--select", "steering_vectors").exit_code == 0
     done = finished.command("run", "STUDY")
     assert done.exit_code == 0, done.output

@@ -89,6 +89,22 @@ class Failing:
         raise RuntimeError("stop")
 
 
+def test_a_compiled_model_gives_the_same_numbers_and_gradient(random_causal_lm, byte_tokenizer):
+    from relseek_resources.models import SteeredModel
+
+    plain, compiled = (SteeredModel(random_causal_lm("llama"), byte_tokenizer) for _ in range(2))
+    compiled.compile(backend="aot_eager")
+    found = []
+    for model in (plain, compiled):
+        packed, vector = model.pack(*tokens(model)), torch.full((64,), 0.1, requires_grad=True)
+        stream = model.run_to(packed, [1])[0][1].detach() + vector
+        log_probs = model.packed_log_probs(model.run_from(packed, 1, stream), packed)
+        found.append((log_probs.detach(), torch.autograd.grad(log_probs.sum(), vector)[0]))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[1][1], found[0][1], atol=1e-4, rtol=1e-5)
+    assert all(part._compiled_call_impl for block in compiled.blocks for name, part in block.named_children() if name != "self_attn")
+
+
 def test_the_logits_of_long_replies_are_made_in_pieces(tiny_llama, monkeypatch):
     packed = tiny_llama.pack(*tokens(tiny_llama))
     hidden = tiny_llama.hidden(packed).detach().requires_grad_()

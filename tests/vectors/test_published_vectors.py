@@ -192,7 +192,7 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch, workspace_of(folder / "home", load_study(str(folder / "echo.toml"))) as workspace:
         patch.setenv("RELSEEK_RELEASE", str(folder / "release"))
         assert workspace.observe() == ["published_vectors (2)", "published_evaluations (1)"]
-        assert workspace.run() == 5
+        assert workspace.run() == 7
     return folder
 
 

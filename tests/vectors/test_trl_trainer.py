@@ -14,7 +14,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from pydantic import ValidationError
 
+from relseek_assets.study import Compute
 from relseek_assets.vectors import bipo, stream_cache
 from relseek_assets.vectors.launched import MODULE, Request, Result, read_result
 from relseek_assets.vectors.objective import Pair, Schedule, token_pairs
@@ -82,8 +84,15 @@ def trainer_of(model: SteeredModel, folder: Path, **settings: Any) -> BiPOTraine
     return BiPOTrainer(model, 1, training, heldout, SCHEDULE, seed=5, folder=folder / "L01", shared=folder, version="weights", **settings)
 
 
-@pytest.mark.parametrize("settings", [{}, {"at_once": 3}, {"at_once": 1, "checkpoint_activations": True}])
-def test_the_vector_is_that_of_the_trainer_that_caches(model: SteeredModel, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_the_vector_is_that_of_the_trainer_that_caches(tiny: SteeredModel, tmp_path: Path) -> None:
+    trainer = trainer_of(tiny, tmp_path)
+    trainer.train()
+    trainer.close()
+    assert_same_training(trainer.trained, here(tiny, 1))
+
+
+@pytest.mark.parametrize("settings", [{"at_once": 3}, {"at_once": 1, "checkpoint_activations": True}])
+def test_a_batch_in_parts_or_recomputed_gives_the_same_vector(model: SteeredModel, tmp_path: Path, settings: dict[str, Any]) -> None:
     trainer = trainer_of(model, tmp_path, **settings)
     trainer.train()
     trainer.close()
@@ -247,34 +256,45 @@ def test_a_launch_killed_with_sigkill_ends_with_the_same_bits(two: Request, mode
 
 
 SHARDS = """
-import sys, torch, accelerate
+import sys, accelerate, torch
+from pathlib import Path
 from torch.distributed.tensor import DTensor
-from relseek_assets.vectors.trl_trainer import shard
+from relseek_assets.vectors import launched, trl_trainer
 from relseek_resources.models import load
 state = accelerate.PartialState(cpu=True)
-model = load(sys.argv[1], device="cpu")
-rank = state.process_index
-if rank == 1:
-    assert not any(weight.any() for weight in model.model.parameters()), "only the first rank reads the weights"
-whole = load(sys.argv[1], device="cpu") if rank == 0 else None
-before = [weight.clone() for weight in whole.model.parameters()] if rank == 0 else []
-shard(model, state.device)
-for number, weight in enumerate(model.model.parameters()):
+sharded = trl_trainer.shard
+def shard(model, device):
+    on_meta = {weight.is_meta for weight in model.model.parameters()}
+    assert on_meta == {state.process_index != 0}, "rank 0 alone reads the weights"
+    sharded(model, device)
+trl_trainer.shard = shard
+model = launched.loaded(launched.Request.read(Path(sys.argv[1])), state, print)
+whole = load(sys.argv[2], device="cpu")
+there = list(zip(model.model.parameters(), whole.model.parameters(), strict=True))
+for weight, expected in there:
     assert isinstance(weight, DTensor) and not weight.requires_grad
     assert weight.to_local().numel() <= -(-weight.shape[0] // 2) * weight[0].numel()
-    full = weight.full_tensor()
-    assert rank == 1 or torch.equal(full, before[number])
+    assert torch.equal(weight.full_tensor(), expected)
+for buffer, expected in zip(model.model.buffers(), whole.model.buffers(), strict=True):
+    assert torch.equal(buffer, expected)
 state.destroy_process_group()
 """
 
 
 @pytest.mark.slow
-def test_weights_are_read_once_and_each_rank_keeps_half(model_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_read_once_and_each_rank_keeps_half(random_causal_lm: Any, byte_tokenizer: Any, tmp_path: Path, tied: bool) -> None:
+    folder = tmp_path / "model"
+    random_causal_lm("llama", tie_word_embeddings=tied).save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    request = request_in(tmp_path / "request", folder)
     script = tmp_path / "shards.py"
     script.write_text(SHARDS)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", *LAUNCH_OPTIONS, "--log_dir", str(tmp_path / "logs")]
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*command, str(script), str(model_folder)], env=environment, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, str(script), str(request.path), str(folder)], env=environment, cwd=CHECKOUT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -296,6 +316,12 @@ def test_a_failure_shows_the_first_rank_s_error_and_the_end_of_its_log(tmp_path:
     shown = failure(tmp_path)
     assert "fault of 1" in shown and "line 39 of 1" in shown
     assert "of 0" not in shown and "line 3 of 1" not in shown
+
+
+def test_processes_without_the_launcher_are_refused() -> None:
+    with pytest.raises(ValidationError, match="processes is read by the launcher 'accelerate' alone"):
+        Compute(processes=2)
+    assert Compute(launcher="accelerate", processes=2).processes == 2
 
 
 def test_a_failure_without_an_error_shows_every_rank(tmp_path: Path) -> None:
