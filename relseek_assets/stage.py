@@ -258,7 +258,11 @@ class Stage:
     def graph(self) -> Any:
         """The study's whole asset graph, whatever part of it a run selects."""
         assets = [*(asset.definition for asset in self.catalogue.values()), *sources.assets(self.study)]
-        return dg.Definitions(assets=assets, resources={"store": Store(), "models": ModelLoader(), "launcher": Launcher()}).get_repository_def().asset_graph
+        return (
+            dg.Definitions(assets=assets, resources={"store": Store(), "models": ModelLoader(), "launcher": Launcher()})
+            .get_repository_def()
+            .asset_graph
+        )
 
     def asset(
         self,

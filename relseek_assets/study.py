@@ -22,7 +22,17 @@ STUDIES = Path(__file__).parent / "studies"
 BEHAVIOURS = Path(__file__).parent / "behaviours"
 KEY = re.compile(r"[A-Za-z0-9_-]+")
 MOST_PARTITIONS_OF_A_FAN_IN = 99  # beyond it Dagster reports a fan-in as fresh without looking
-STEERED = ("behaviours", "models", "pairs", "training", "doses", "prompts", "sampling", "judge", "compute")  # what only a study that trains vectors has
+STEERED = (
+    "behaviours",
+    "models",
+    "pairs",
+    "training",
+    "doses",
+    "prompts",
+    "sampling",
+    "judge",
+    "compute",
+)  # what only a study that trains vectors has
 CONTRASTED = ("personas", "contrast", "interventions", "drift")  # what only a study of persona directions has
 TRAINED = ("layers", "epochs_trained", "epochs_evaluated")  # of a model that vectors are trained for
 VECTORED = ("published", "uses", "derived")  # what only a study with steering vectors has
@@ -168,9 +178,12 @@ class Compute(_Settings):
 
     @model_validator(mode="after")
     def _checked(self) -> Compute:
-        given = sorted(self.model_fields_set - {"launcher", "cache_gb", "compile"})
-        if self.launcher == "here" and given:
-            raise ValueError(f"{given[0]} is read by the launcher 'accelerate' alone; add launcher = \"accelerate\" or remove {given[0]}")
+        here = {"cache_gb", "compile"}
+        given = self.model_fields_set - {"launcher"}
+        unread = sorted(given - here if self.launcher == "here" else given & here)
+        if unread:
+            reader = "accelerate" if self.launcher == "here" else "here"
+            raise ValueError(f'{unread[0]} is read by the launcher {reader!r} alone; set launcher = "{reader}" or remove {unread[0]}')
         return self
 
 

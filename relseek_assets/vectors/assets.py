@@ -59,9 +59,7 @@ def trained_here(work: Work, settings: Model, sites: Sequence[str], pairs: pd.Da
     wanted, limit = study.pairs.training, study.pairs.max_tokens
     candidates, held = training_pairs(pairs, study.seed), heldout_pairs(pairs, study.seed)
     made_of = content_version([work.version("preference_pairs"), work.version("base_models"), study.prompts.system, wanted, limit])
-    scratch = stream_cache.Scratch(
-        work.store.path(work.context.asset_key, settings.name, "scratch"), made_of, int(study.compute.cache_gb * 1e9)
-    )
+    scratch = stream_cache.Scratch(work.store.path(work.context.asset_key, settings.name, "scratch"), made_of, int(study.compute.cache_gb * 1e9))
     with work.progress(wanted or len(candidates), "pair", "reference pass") as report:
         training = stream_cache.cache_pairs(
             model, bipo_pairs(work, candidates), layers, count=wanted, max_tokens=limit, scratch=scratch, name="training", report=report
