@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import dagster as dg
-from dagster._core.storage.event_log.sqlite.sqlite_event_log import SqliteEventLogStorage
+from dagster._core.storage.event_log.sqlite.sqlite_event_log import INDEX_SHARD_NAME, SqliteEventLogStorage
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.pool import QueuePool
 
@@ -31,6 +31,8 @@ def kept_open(instance: dg.DagsterInstance) -> Iterator[None]:
     def connect(shard: str) -> Iterator[Connection]:
         with storage._db_lock:
             if shard not in engines:
+                for run in [other for other in engines if other not in (INDEX_SHARD_NAME, shard)]:
+                    engines.pop(run).dispose()  # each run has a file of its own, and this process runs one after the other
                 engines[shard] = _engine(storage.conn_string_for_shard(shard))
             if shard not in storage._initialized_dbs:
                 storage._initdb(engines[shard])
@@ -38,12 +40,14 @@ def kept_open(instance: dg.DagsterInstance) -> Iterator[None]:
             with engines[shard].connect() as connection, connection.begin():
                 yield connection
 
-    patched: Any = storage
-    patched._connect = connect
+    before = vars(storage).get("_connect")
+    vars(storage)["_connect"] = connect
     try:
         yield
     finally:
-        del patched._connect
+        vars(storage).pop("_connect")
+        if before is not None:
+            vars(storage)["_connect"] = before
         for engine in engines.values():
             engine.dispose()
 

@@ -155,7 +155,7 @@ class TableSchema:
         what = f"{where}: column {column.name} of table {self.name}"
         try:
             array = _as_arrow(values, column)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, TypeError, UnicodeEncodeError) as error:
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, TypeError, UnicodeEncodeError) as error:
             raise StorageError(f"{what} is declared as {column.kind}: {error}") from error
         if not column.nullable and array.null_count:
             raise StorageError(f"{what} has {array.null_count} empty or NaN values and may have none")

@@ -6,7 +6,8 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -53,27 +54,31 @@ def trained_here(work: Work, settings: Model, sites: Sequence[str], pairs: pd.Da
 
     study = work.study
     model = work.resources.models.load(settings, work.log)
-    if study.compute.compile:
-        model.compile()
     layers = [layer_of(site) for site in sites]
     wanted, limit = study.pairs.training, study.pairs.max_tokens
     candidates, held = training_pairs(pairs, study.seed), heldout_pairs(pairs, study.seed)
-    made_of = content_version([work.version("preference_pairs"), work.version("base_models"), study.prompts.system, wanted, limit])
-    scratch = stream_cache.Scratch(work.store.path(work.context.asset_key, settings.name, "scratch"), made_of, int(study.compute.cache_gb * 1e9))
-    with work.progress(wanted or len(candidates), "pair", "reference pass") as report:
-        training = stream_cache.cache_pairs(
-            model, bipo_pairs(work, candidates), layers, count=wanted, max_tokens=limit, scratch=scratch, name="training", report=report
-        )
-        heldout = stream_cache.cache_pairs(
-            model, bipo_pairs(work, held), layers, count=study.pairs.evaluation, max_tokens=limit, scratch=scratch, name="heldout"
-        )
-    schedule = schedule_of(work, settings)
-    for site, layer in zip(sites, layers, strict=True):
-        total = schedule.epochs * (len(training.names) + 2 * len(heldout.names))
-        with work.progress(total, "pair", f"BiPO {site}") as report:
-            run = bipo.train(model, layer, training, heldout, schedule, seed=study.seed, scratch=scratch, report=report)
-        yield site, Result(run, len(training.names), training.too_long), {}
-    shutil.rmtree(scratch.folder)
+    made_of = [work.version("preference_pairs"), work.version("base_models"), settings.source, study.prompts.system]
+    folder, budget = work.store.path(work.context.asset_key, settings.name, "scratch"), int(study.compute.cache_gb * 1e9)
+    scratch = stream_cache.Scratch(folder, content_version(made_of), budget)
+    with model.compiled() if study.compute.compile else nullcontext():
+        with work.progress(wanted or len(candidates), "pair", "reference pass") as report:
+            training = stream_cache.cache_pairs(
+                model, bipo_pairs(work, candidates), layers, count=wanted, max_tokens=limit, scratch=scratch, name="training", report=report
+            )
+            left = replace(scratch, budget=budget - training.bytes)
+            heldout = stream_cache.cache_pairs(
+                model, bipo_pairs(work, held), layers, count=study.pairs.evaluation, max_tokens=limit, scratch=left, name="heldout"
+            )
+        for what, found in (("training", training), ("held-out", heldout)):
+            if found.tokens.alike:
+                work.log.warning(f"{found.tokens.alike} {what} pairs are left out, because their two replies are the same")
+        schedule = schedule_of(work, settings)
+        for site, layer in zip(sites, layers, strict=True):
+            total = schedule.epochs * (len(training.names) + 2 * len(heldout.names))
+            with work.progress(total, "pair", f"BiPO {site}") as report:
+                run = bipo.train(model, layer, training, heldout, schedule, seed=study.seed, scratch=scratch, report=report)
+            yield site, Result(run, len(training.names), training.too_long), {}
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def trained_by_launcher(work: Work, settings: Model, sites: Sequence[str], pairs: pd.DataFrame) -> Trained:
@@ -102,7 +107,7 @@ def trained_by_launcher(work: Work, settings: Model, sites: Sequence[str], pairs
     reported = work.resources.launcher.run(work.context, launched.MODULE, request.path, study.compute.processes)
     for site, layer in zip(sites, layers, strict=True):
         yield site, launched.read_result(request.result(layer)), reported
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def build(stage: Stage) -> None:

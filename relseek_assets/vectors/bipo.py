@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd.function import once_differentiable
 
 from relseek_assets.vectors.objective import Schedule, bipo_loss, direction_of, epoch_batches, learning_rate
 from relseek_assets.vectors.stream_cache import CachedPairs, Scratch, pair_totals
@@ -62,6 +63,7 @@ class _Steered(torch.autograd.Function):
         return base + vector.to(base.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[None, torch.Tensor]:
         return None, upstream.float().sum((0, 1))
 
@@ -73,7 +75,7 @@ def log_ratios(model: SteeredModel, cached: CachedPairs, layer: int, rows: Seque
         steered: (width,) float32, what is added to the stream after block `layer`, d·v; gradients reach it.
     """
     packed = cached.pack(model, rows)
-    stream = _Steered.apply(cached.stream(model, layer, rows, packed), steered)
+    stream = _Steered.apply(cached.stream(model, layer, rows), steered)
     found = pair_totals(model.packed_log_probs(model.run_from(packed, layer, stream), packed), packed)
     return found - cached.reference[list(rows)].to(found)
 
@@ -143,7 +145,7 @@ def train(
     """
     vector = torch.zeros(model.width, device=model.device, requires_grad=True)
     run = _Run(vector, torch.optim.AdamW([vector], lr=schedule.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=schedule.weight_decay))
-    made_of = [scratch.version if scratch else "", training.names, heldout.names, layer, asdict(schedule), seed]
+    made_of = [scratch.version if scratch else "", str(model.dtype), training.names, heldout.names, layer, asdict(schedule), seed]
     path, version = (scratch.folder / f"L{layer:02d}.checkpoint.safetensors" if scratch else None), content_version(made_of)
     if path is not None:
         run.restore(path, version)

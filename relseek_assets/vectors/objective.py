@@ -38,12 +38,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class TokenPairs:
-    """Pairs as token ids; `replies` holds chosen and rejected, end token included. `too_long` counts the pairs left out."""
+    """Pairs as token ids; `replies` holds chosen and rejected, end token included.
+
+    `too_long` and `alike` count the pairs left out: those beyond the limit, and those whose two replies are the same.
+    """
 
     names: list[str]
     prompts: list[list[int]]
     replies: list[tuple[list[int], list[int]]]
     too_long: int
+    alike: int = 0
 
     def length(self, pair: int) -> int:
         """Tokens of the prompt and the longer reply."""
@@ -70,7 +74,8 @@ class Schedule:
 def token_pairs(model: SteeredModel, pairs: Sequence[Pair], *, count: int, max_tokens: int) -> TokenPairs:
     """The first `count` pairs (0: all) that fit `max_tokens`, as tokens.
 
-    A pair whose prompt and longer reply exceed `max_tokens` is left out and counted, never truncated.
+    A pair whose prompt and longer reply exceed `max_tokens` is left out and counted, never truncated; so is one whose replies are the same, which
+    prefers nothing.
 
     Raises:
         ValueError: two pairs of one name, which the order of batches could not tell apart, or no pair that fits.
@@ -80,12 +85,15 @@ def token_pairs(model: SteeredModel, pairs: Sequence[Pair], *, count: int, max_t
     if repeated:
         raise ValueError(f"{len(repeated)} names stand for several pairs, {repeated[0]!r} among them; give every pair a name of its own")
     kept = TokenPairs([], [], [], 0)
-    too_long = 0
+    too_long = alike = 0
     for candidate in pairs:
         if count and len(kept.names) == count:
             break
         prompt = model.prompt_tokens(candidate.prompt)
         both = (model.reply_tokens(candidate.chosen), model.reply_tokens(candidate.rejected))
+        if both[0] == both[1]:
+            alike += 1
+            continue
         if len(prompt) + max(map(len, both)) > max_tokens:
             too_long += 1
             continue
@@ -94,7 +102,7 @@ def token_pairs(model: SteeredModel, pairs: Sequence[Pair], *, count: int, max_t
         kept.replies.append(both)
     if not kept.names:
         raise ValueError(f"none of {len(pairs)} pairs fits {max_tokens} tokens; raise pairs.max_tokens in the study")
-    return TokenPairs(kept.names, kept.prompts, kept.replies, too_long)
+    return TokenPairs(kept.names, kept.prompts, kept.replies, too_long, alike)
 
 
 def bipo_loss(ratios: torch.Tensor, direction: int, beta: float) -> torch.Tensor:

@@ -6,7 +6,9 @@ budget are not kept and are computed again for each batch.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 
 from relseek_assets.vectors.objective import Pair, TokenPairs, token_pairs
-from relseek_resources.models import SteeredModel
+from relseek_resources.models import ModelError, SteeredModel
 from relseek_resources.models.packed import Packed
 from relseek_resources.storage import StorageError, content_version, read_tensors, write_tensors
 
@@ -67,17 +69,25 @@ class CachedPairs:
     def too_long(self) -> int:
         return self.tokens.too_long
 
+    @property
+    def bytes(self) -> int:
+        """What the streams take, of all layers."""
+        return sum(kept.values.nbytes for kept in self.streams.values())
+
     def pack(self, model: SteeredModel, rows: Sequence[int]) -> Packed:
         return model.pack([self.tokens.prompts[pair] for pair in rows], [self.tokens.replies[pair] for pair in rows])
 
-    def stream(self, model: SteeredModel, layer: int, rows: Sequence[int], packed: Packed) -> torch.Tensor:
-        """The stream after block `layer` of the packed pairs `rows`, (1, tokens, width): read, or computed where it was not kept."""
-        kept = self.streams[layer]
-        if not all(pair in kept for pair in rows):
+    def stream(self, model: SteeredModel, layer: int, rows: Sequence[int]) -> torch.Tensor:
+        """The stream after block `layer` of the pairs `rows` as `pack` lays them out, (1, tokens, width): read, or computed where it was not kept."""
+        kept, made = self.streams[layer], {}
+        missing = [pair for pair in rows if pair not in kept]
+        if missing:
+            packed = self.pack(model, missing)
             with torch.inference_mode():
-                found = model.run_to(packed, [layer])[0][layer]
-            return found.clone()  # outside inference mode, so that gradients may pass
-        return torch.cat([kept.of(pair) for pair in rows]).unsqueeze(0).to(model.device, non_blocking=True)
+                found = model.run_to(packed, [layer])[0][layer][0]
+            made = {pair: found[tree.start : tree.start + tree.tokens] for pair, tree in zip(missing, packed.trees, strict=True)}
+        parts = [made[pair] if pair in made else kept.of(pair).to(model.device, non_blocking=True) for pair in rows]
+        return torch.cat(parts).unsqueeze(0).clone() if made else torch.cat(parts).unsqueeze(0)  # a clone leaves inference mode
 
 
 def cache_pairs(
@@ -94,11 +104,13 @@ def cache_pairs(
     """Run the first `count` pairs (0: all) that fit `max_tokens` once through the model without v, for all `layers` in one pass.
 
     Args:
-        scratch: where streams go, as `NAME.L14.stream` beside the references; without it they stay in memory, all of them.
+        scratch: where streams go, a file a layer, beside the references; without it they stay in memory, all of them. Files of the same `name` that
+            were made from something else are removed.
 
     Raises:
         ValueError: as `token_pairs`.
-        StorageError: the scratch folder cannot be written.
+        StorageError: the scratch folder cannot be written, or the disk is full.
+        ModelError: a family whose packed rows differ from rows of their own.
     """
     return cached(model, token_pairs(model, pairs, count=count, max_tokens=max_tokens), layers, scratch=scratch, name=name, report=report)
 
@@ -113,11 +125,16 @@ def cached(
     report: Report = lambda pairs: None,
 ) -> CachedPairs:
     """`cache_pairs` for pairs that are tokens already."""
+    _check_packing(model, tokens)
     sizes = [len(prompt) + sum(map(len, both)) for prompt, both in zip(tokens.prompts, tokens.replies, strict=True)]
     version = content_version([scratch.version if scratch else "", tokens.prompts, tokens.replies, str(model.dtype)])
-    known = _known(scratch, name, version, layers)
-    ends = _kept_ends(sizes, model.width * model.dtype.itemsize * len(set(layers)), scratch) if known is None else known[1]
-    streams = {layer: Streams(_values(model, ends[-1], layer, scratch, name), ends) for layer in layers}
+    files = None if scratch is None else _Files(scratch.folder, name, version)
+    known = None if files is None else files.known(layers, model.width * model.dtype.itemsize)
+    if files is not None:
+        files.remove_others()
+    most = None if scratch is None else scratch.budget // (model.width * model.dtype.itemsize * len(set(layers)))
+    ends = _kept_ends(sizes, most) if known is None else known[1]
+    streams = {layer: Streams(_values(model, ends[-1], None if files is None else files.stream(layer)), ends) for layer in layers}
     if known is not None:
         report(len(sizes))
         return CachedPairs(tokens, streams, known[0])
@@ -125,41 +142,94 @@ def cached(
     for rows in _passes(sizes):
         _compute(model, pairs, rows)
         report(len(rows))
-    if scratch is not None:
-        header = {"version": version, "layers": json.dumps(sorted(streams)), "ends": json.dumps(ends)}
-        write_tensors(scratch.folder / f"{name}.reference.safetensors", {"reference": pairs.reference.numpy()}, header)
+    if files is not None:
+        files.finish(pairs.reference, layers, ends)
     return pairs
 
 
-def _kept_ends(sizes: Sequence[int], bytes_a_token: int, scratch: Scratch | None) -> list[int]:
-    """Where each pair that is kept ends, as many as the budget allows, after a leading 0."""
-    ends = np.concatenate([[0], np.cumsum(sizes)])
-    most = int(ends[-1]) if scratch is None else scratch.budget // bytes_a_token
-    return [int(end) for end in ends if end <= most]
-
-
-def _values(model: SteeredModel, tokens: int, layer: int, scratch: Scratch | None, name: str) -> torch.Tensor:
-    if scratch is None or not tokens:
-        return torch.empty((tokens, model.width), dtype=model.dtype)
-    path = scratch.folder / f"{name}.L{layer:02d}.stream"
+def _check_packing(model: SteeredModel, tokens: TokenPairs) -> None:
+    """Refuse families that mix tokens elsewhere than in the attention that transformers hands over, by state spaces or convolutions say."""
+    rows = range(min(2, len(tokens.names)))
+    prompts, replies = [tokens.prompts[pair] for pair in rows], [tokens.replies[pair] for pair in rows]
+    alone = model.score_tokens([prompt for prompt in prompts for _ in (0, 1)], [reply for both in replies for reply in both])
+    expected = torch.tensor([value for score in alone for value in score.log_probs])
+    packed = model.pack(prompts, replies)
     try:
-        scratch.folder.mkdir(parents=True, exist_ok=True)
+        with torch.inference_mode():
+            apart = (model.packed_log_probs(model.hidden(packed), packed).cpu() - expected).abs().mean().item()
+    except (TypeError, AttributeError) as error:
+        raise ModelError(f"{type(model.model).__name__}: its blocks do not run on packed rows ({error}); train a model of another family") from error
+    if apart > (1e-3 if model.dtype == torch.float32 else 0.1):
+        raise ModelError(
+            f"{type(model.model).__name__}: log-probabilities in packed rows differ by {apart:.2g} nats a token from those of rows of their own, "
+            "because its blocks mix tokens outside attention; train a model of another family"
+        )
+
+
+def _kept_ends(sizes: Sequence[int], most: int | None) -> list[int]:
+    """Where each pair that is kept ends, after a leading 0: as many pairs as fit `most` tokens (None: all)."""
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    return [int(end) for end in ends if most is None or end <= most]
+
+
+def _values(model: SteeredModel, tokens: int, path: Path | None) -> torch.Tensor:
+    """(tokens, width) of the model's dtype, in memory or mapped from a file whose place on the disk is taken first: a full disk is an error then."""
+    if path is None or not tokens:
+        return torch.empty((tokens, model.width), dtype=model.dtype)
+    size = tokens * model.width * model.dtype.itemsize
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
         return torch.from_file(str(path), shared=True, size=tokens * model.width, dtype=model.dtype).view(tokens, model.width)
     except (OSError, RuntimeError) as error:
-        raise StorageError(f"{path}: cannot hold {tokens * model.width * model.dtype.itemsize / 1e9:.1f} GB of streams ({error})") from error
+        with contextlib.suppress(OSError):
+            path.unlink()
+        hint = "free space there, or lower compute.cache_gb in the study"
+        raise StorageError(f"{path}: cannot hold {size / 1e9:.1f} GB of streams ({error}); {hint}") from error
 
 
-def _known(scratch: Scratch | None, name: str, version: str, layers: Sequence[int]) -> tuple[torch.Tensor, list[int]] | None:
-    """References and ends of an earlier pass over the same pairs and layers; its streams are complete, because this file is written last."""
-    if scratch is None:
-        return None
-    try:
-        arrays, header = read_tensors(scratch.folder / f"{name}.reference.safetensors")
-    except StorageError:
-        return None
-    if header.get("version") != version or not set(layers) <= set(json.loads(header["layers"])):
-        return None
-    return torch.from_numpy(arrays["reference"].copy()), json.loads(header["ends"])
+@dataclass(frozen=True)
+class _Files:
+    """The files of one pass. Their names carry what they were made from, so that no other pass writes into them."""
+
+    folder: Path
+    name: str
+    version: str
+
+    def stream(self, layer: int) -> Path:
+        return self.folder / f"{self.name}.{self.version}.L{layer:02d}.stream"
+
+    @property
+    def reference(self) -> Path:
+        return self.folder / f"{self.name}.{self.version}.reference.safetensors"
+
+    def known(self, layers: Sequence[int], bytes_a_token: int) -> tuple[torch.Tensor, list[int]] | None:
+        """References and ends of an earlier pass over the same pairs, where all of its streams are there."""
+        try:
+            arrays, header = read_tensors(self.reference)
+        except StorageError:
+            return None
+        ends = json.loads(header["ends"])
+        there = [layer in json.loads(header["layers"]) and _size(self.stream(layer)) >= ends[-1] * bytes_a_token for layer in layers]
+        return (torch.from_numpy(arrays["reference"].copy()), ends) if all(there) else None
+
+    def finish(self, reference: torch.Tensor, layers: Sequence[int], ends: Sequence[int]) -> None:
+        """Write the references, once the streams are on the disk: that they are there says that the streams are complete."""
+        for layer in layers if ends[-1] else ():
+            with self.stream(layer).open("rb") as file:
+                os.fsync(file.fileno())
+        write_tensors(self.reference, {"reference": reference.numpy()}, {"layers": json.dumps(sorted(set(layers))), "ends": json.dumps(list(ends))})
+
+    def remove_others(self) -> None:
+        """Remove what a killed run over other pairs left; a run that still maps such a file keeps what it maps."""
+        for path in self.folder.glob(f"{self.name}.*"):
+            if not path.name.startswith(f"{self.name}.{self.version}."):
+                path.unlink(missing_ok=True)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _passes(sizes: Sequence[int]) -> list[list[int]]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from relseek_resources.models import architecture
@@ -208,11 +209,12 @@ class _LogProbs(torch.autograd.Function):
             total = logits.exp_().sum(-1, keepdim=True)
             found[part] = (picked - total.log()).squeeze(-1)
             if gradient is not None:
-                gradient[part] = weight[targets[part]] - logits.to(weight.dtype) @ weight / total.to(weight.dtype)
+                gradient[part] = weight[targets[part]] - ((logits.to(weight.dtype) @ weight).float() / total).to(weight.dtype)
         ctx.save_for_backward(gradient)
         return found
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream[:, None].to(gradient.dtype), None, None

@@ -210,15 +210,20 @@ class SteeredModel:
         """Prompts with one or more replies each in one row without padding, for `hidden`, `run_to`, `run_from` and `packed_log_probs`."""
         return pack(prompts, replies, self.device)
 
-    def compile(self, backend: str = "inductor") -> None:
-        """Compile what works token by token in every block, its norms and its MLP, for training on a GPU; the first pass then takes a minute or more.
+    @contextmanager
+    def compiled(self, backend: str = "inductor") -> Iterator[SteeredModel]:
+        """Inside, what works token by token in every block, its norms and its MLP, is compiled, which pays in long runs on a GPU.
 
-        Attention, hooks and the layout of rows stay as they are, so results differ by rounding alone.
+        The first pass then takes a minute or more. Attention, hooks and the layout of rows stay as they are, so results differ by rounding alone.
         """
-        for block in self.blocks:
-            for part in block.children():
-                if "Attention" not in type(part).__name__:
-                    part.compile(backend=backend, dynamic=True)
+        parts = [part for block in self.blocks for part in block.children() if "Attention" not in type(part).__name__]
+        try:
+            for part in parts:
+                part.compile(backend=backend, dynamic=True)
+            yield self
+        finally:
+            for part in parts:
+                part._compiled_call_impl = None  # torch has no name for this
 
     # --- forward passes -----------------------------------------------------------------------------------------------
 

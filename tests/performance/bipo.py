@@ -7,9 +7,11 @@ the published lengths.
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -31,24 +33,24 @@ FLOOR = 1.5
 
 
 def comparisons() -> list[Comparison]:
-    model, pairs = (on_gpu if torch.cuda.is_available() else on_cpu)()
+    model, tokens = (on_gpu if torch.cuda.is_available() else on_cpu)()
     found = []
     for depth, target in TARGETS.items():
-        found += at_layer(model, pairs, round(depth * model.layers), target)
+        found += at_layer(model, tokens, round(depth * model.layers), target)
     return found
 
 
-def on_cpu() -> tuple[SteeredModel, stream_cache.CachedPairs]:
+def on_cpu() -> tuple[SteeredModel, objective.TokenPairs]:
     study = load_study("quickstart")
     model = models.load(study.models[0].source, device="cpu")
     conversations = read_conversations(study.behaviour_folder / FILES["starter_conversations"])
     frame = training_pairs(preference_pairs(conversations, heldout_share=study.pairs.heldout_share, seed=study.seed), study.seed)
     system = {"role": "system", "content": study.prompts.system}
     pairs = [objective.Pair(row.pair, [system, *row.prompt], row.chosen, row.rejected) for row in frame.itertuples()]
-    return model, cached(model, objective.token_pairs(model, pairs, count=PAIRS, max_tokens=MOST_TOKENS))
+    return model, objective.token_pairs(model, pairs, count=PAIRS, max_tokens=MOST_TOKENS)
 
 
-def on_gpu() -> tuple[SteeredModel, stream_cache.CachedPairs]:
+def on_gpu() -> tuple[SteeredModel, objective.TokenPairs]:
     """A Llama of the 1B's shape; prompts of 40 to 400 tokens, replies of the published mean lengths."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -63,14 +65,18 @@ def on_gpu() -> tuple[SteeredModel, stream_cache.CachedPairs]:
 
     count = 16 * PAIRS
     replies = [(tokens(60, 240), tokens(40, 180)) for _ in range(count)]
-    return model, cached(model, objective.TokenPairs([str(n) for n in range(count)], [tokens(40, 400) for _ in range(count)], replies, 0))
+    return model, objective.TokenPairs([str(n) for n in range(count)], [tokens(40, 400) for _ in range(count)], replies, 0)
 
 
-def cached(model: SteeredModel, tokens: objective.TokenPairs) -> stream_cache.CachedPairs:
-    return stream_cache.cached(model, tokens, [round(depth * model.layers) for depth in TARGETS])
+def at_layer(model: SteeredModel, tokens: objective.TokenPairs, layer: int, target: float) -> list[Comparison]:
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        pairs = stream_cache.cached(model, tokens, [layer], scratch=stream_cache.Scratch(Path(folder), "", 2**40))
+        return measured_at(model, pairs, layer, target, (time.perf_counter() - begin) / EPOCHS)
 
 
-def at_layer(model: SteeredModel, pairs: stream_cache.CachedPairs, layer: int, target: float) -> list[Comparison]:
+def measured_at(model: SteeredModel, pairs: stream_cache.CachedPairs, layer: int, target: float, filling: float) -> list[Comparison]:
+    """`filling` is an epoch's share, in seconds, of the pass that fills the cache."""
     tokens, losses = pairs.tokens, {"ours": 0.0, "naive": 0.0}
     batches = objective.epoch_batches(tokens.names, tokens.lengths, 1, BATCH, SEED)
     signs = [objective.direction_of(SEED, 1, number) for number in range(len(batches))]
@@ -90,12 +96,11 @@ def at_layer(model: SteeredModel, pairs: stream_cache.CachedPairs, layer: int, t
     def naive() -> None:
         epoch("naive", lambda rows, sign: naive_bipo.loss_of(model, tokens, rows, layer, vector, sign, 0.1))
 
-    filling = seconds(lambda: stream_cache.cached(model, tokens, [layer])) / EPOCHS
-
     def ours_with_its_share() -> None:
         ours()
-        time.sleep(filling)  # this epoch's share of the pass that fills the cache, measured just before
+        time.sleep(filling)
 
+    naive_bipo.loss_of(model, tokens, batches[0], layer, vector, 1, 0.1).backward()  # warm, as `compare` warms ours
     speed_up = compare(
         f"bipo: layer {layer} of {model.layers}", ours_with_its_share, naive, pairs=REPEATS, amount=len(tokens.names), unit="pairs/s", target=target
     )
@@ -105,8 +110,9 @@ def at_layer(model: SteeredModel, pairs: stream_cache.CachedPairs, layer: int, t
     measured, floor = zip(*((seconds(ours), arithmetic.seconds(model)) for _ in range(2 * REPEATS)), strict=True)
     ratios = [FLOOR * best / took for took, best in zip(measured, floor, strict=True)]
     words = sum(map(len, tokens.prompts)) + sum(len(reply) for both in tokens.replies for reply in both)
+    share = median(floor) / median(measured)
     print(
-        f"layer {layer}: {words / median(measured):.0f} tokens/s, {median(floor) / median(measured):.0%} of the matrix product's rate; loss {losses['ours']:.6f}"
+        f"layer {layer}: {words / median(measured):.0f} tokens/s, {share:.0%} of a large matrix product's rate; loss {losses['ours']:.6f} both ways"
     )
     limit = Comparison(
         name=f"floor: bipo layer {layer} of {model.layers}",
@@ -125,7 +131,7 @@ def at_layer(model: SteeredModel, pairs: stream_cache.CachedPairs, layer: int, t
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Multiply-adds, as floating-point operations, that one epoch cannot do without: blocks above v forward and backward, logits of reply tokens."""
+    """Floating-point operations of the products that one epoch cannot do without: blocks above v forward and backward, logits of reply tokens."""
 
     operations: float
 
@@ -137,11 +143,13 @@ class Arithmetic:
         config = model.model.config
         size = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
         operations = 0.0
+        inner = {"k_proj", "v_proj"}  # of the last block, all that prompt tokens are needed for
+        last = sum(w.numel() for name, w in model.blocks[-1].named_parameters() if w.ndim == 2 and not inner & set(name.split("."))) if above else 0
         for prompt, (chosen, rejected) in zip(tokens.prompts, tokens.replies, strict=True):
-            p, c, r = len(prompt), len(chosen), len(rejected)
+            p, c, r = len(prompt), len(chosen) - 1, len(rejected) - 1  # a reply's last token predicts nothing
             scores = (p + c) * (p + c + 1) / 2 + r * p + r * (r + 1) / 2
-            # scores and weighted values: two products forward and four backward; weights are frozen, so their products are two in all
-            operations += 2 * (p + c + r) * weights * 2 + 2 * (c + r) * head * 2 + len(above) * 2 * scores * size * 6
+            # weights are frozen, so that their products are two in all, one forward and one backward; of scores and weighted values there are six
+            operations += 2 * 2 * ((p + c + r) * weights - (p - 1) * last + (c + r + 2) * head) + len(above) * 2 * scores * size * 6
         return cls(operations)
 
     def seconds(self, model: SteeredModel) -> float:

@@ -89,20 +89,24 @@ class Failing:
         raise RuntimeError("stop")
 
 
-def test_a_compiled_model_gives_the_same_numbers_and_gradient(random_causal_lm, byte_tokenizer):
-    from relseek_resources.models import SteeredModel
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same_numbers_and_gradient_and_is_itself_again_afterwards(tiny_llama):
+    def found():
+        packed, vector = tiny_llama.pack(*tokens(tiny_llama)), torch.full((64,), 0.1, requires_grad=True)
+        stream = tiny_llama.run_to(packed, [1])[0][1].detach() + vector
+        log_probs = tiny_llama.packed_log_probs(tiny_llama.run_from(packed, 1, stream), packed)
+        return log_probs.detach(), torch.autograd.grad(log_probs.sum(), vector)[0]
 
-    plain, compiled = (SteeredModel(random_causal_lm("llama"), byte_tokenizer) for _ in range(2))
-    compiled.compile(backend="aot_eager")
-    found = []
-    for model in (plain, compiled):
-        packed, vector = model.pack(*tokens(model)), torch.full((64,), 0.1, requires_grad=True)
-        stream = model.run_to(packed, [1])[0][1].detach() + vector
-        log_probs = model.packed_log_probs(model.run_from(packed, 1, stream), packed)
-        found.append((log_probs.detach(), torch.autograd.grad(log_probs.sum(), vector)[0]))
-    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(found[1][1], found[0][1], atol=1e-4, rtol=1e-5)
-    assert all(part._compiled_call_impl for block in compiled.blocks for name, part in block.named_children() if name != "self_attn")
+    def compiled() -> set[str]:
+        return {name for block in tiny_llama.blocks for name, part in block.named_children() if part._compiled_call_impl is not None}
+
+    plain, plain_gradient = found()
+    with tiny_llama.compiled(backend="aot_eager"):
+        assert compiled() == {"mlp", "input_layernorm", "post_attention_layernorm"}
+        quick, quick_gradient = found()
+    assert not compiled()
+    torch.testing.assert_close(quick, plain, atol=1e-5, rtol=0)
+    torch.testing.assert_close(quick_gradient, plain_gradient, atol=1e-4, rtol=1e-5)
 
 
 def test_the_logits_of_long_replies_are_made_in_pieces(tiny_llama, monkeypatch):

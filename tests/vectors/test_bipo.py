@@ -411,6 +411,14 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from(shared, tmp_path):
     assert train(*arguments, SCHEDULE, seed=7, scratch=Scratch(tmp_path, "2", 0)).vectors.tobytes() == shared["trained"].vectors.tobytes()
 
 
+def test_a_checkpoint_in_half_precision_is_not_gone_on_from_in_full(shared, random_causal_lm, byte_tokenizer, tmp_path):
+    half = SteeredModel(random_causal_lm("llama").bfloat16(), byte_tokenizer)
+    pools = [cached(half, separable_pairs(24)), cached(half, separable_pairs(12, start=24))]
+    train(half, LAYER, *pools, SCHEDULE, seed=7, scratch=Scratch(tmp_path, "1", 0))
+    found = train(shared["model"], LAYER, shared["training"], shared["heldout"], SCHEDULE, seed=7, scratch=Scratch(tmp_path, "1", 0))
+    assert found.vectors.tobytes() == shared["trained"].vectors.tobytes()
+
+
 def test_all_layers_see_the_same_sequence_of_directions(shared):
     other = again(shared, layer=2)
     assert np.array_equal(other.directions, shared["trained"].directions)

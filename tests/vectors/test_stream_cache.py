@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import resource
+import signal
+
 import pytest
 import torch
 
 from relseek_assets.vectors.bipo import log_ratios
 from relseek_assets.vectors.objective import Pair
 from relseek_assets.vectors.stream_cache import Scratch, cache_pairs
+from relseek_resources.models import ModelError
 from relseek_resources.storage import StorageError
 
 LAYERS = (1, 2)
@@ -50,7 +54,8 @@ def test_streams_on_disk_are_those_in_memory_bit_for_bit(tiny_llama, pairs, tmp_
     memory, disk = cached(tiny_llama, pairs, None), cached(tiny_llama, pairs, Scratch(tmp_path, "1", EVERYTHING))
     for layer in LAYERS:
         assert torch.equal(disk.streams[layer].values, memory.streams[layer].values)
-        assert (tmp_path / f"pairs.L{layer:02d}.stream").stat().st_size == disk.streams[layer].values.nbytes
+        (file,) = tmp_path.glob(f"pairs.*.L{layer:02d}.stream")
+        assert file.stat().st_size == disk.streams[layer].values.nbytes
     assert torch.equal(disk.reference, memory.reference)
 
 
@@ -65,7 +70,7 @@ def test_what_the_budget_leaves_out_is_recomputed_to_the_same_gradient(tiny_llam
     passes.clear()
     rows = [4, 0, 2]
     ratios, found = gradient(tiny_llama, pool, rows)
-    assert len(passes) == 1
+    assert passes == [sum(whole.streams[1].ends[pair + 1] - whole.streams[1].ends[pair] for pair in rows if not kept[pair])], "and nothing besides"
     expected_ratios, expected = gradient(tiny_llama, whole, rows)
     torch.testing.assert_close(ratios, expected_ratios, atol=1e-4, rtol=0)
     assert expected.norm() > 1e-2 and (found - expected).norm() < 1e-5 * expected.norm()
@@ -81,12 +86,17 @@ def test_a_second_run_takes_over_what_is_there(tiny_llama, pairs, tmp_path, pass
     assert torch.equal(again.reference, first.reference) and torch.equal(one_layer.streams[2].values, first.streams[2].values)
 
 
-@pytest.mark.parametrize("change", ["version", "pairs", "layers", "killed before the end"])
+@pytest.mark.parametrize("change", ["version", "pairs", "layers", "killed before the end", "a stream is gone", "a stream is cut"])
 def test_what_was_made_from_something_else_or_only_in_part_is_made_again(tiny_llama, pairs, tmp_path, passes, change):
     cached(tiny_llama, pairs, Scratch(tmp_path, "1", EVERYTHING))
     made = len(passes)
     if change == "killed before the end":
-        (tmp_path / "pairs.reference.safetensors").unlink()
+        next(tmp_path.glob("pairs.*.reference.safetensors")).unlink()
+    stream = next(tmp_path.glob("pairs.*.L01.stream"))
+    if change == "a stream is gone":
+        stream.unlink()
+    if change == "a stream is cut":
+        stream.write_bytes(stream.read_bytes()[:1000])
     wanted = [*pairs[1:], pairs[0]] if change == "pairs" else pairs
     layers = (*LAYERS, 3) if change == "layers" else LAYERS
     pool = cached(tiny_llama, wanted, Scratch(tmp_path, "2" if change == "version" else "1", EVERYTHING), layers)
@@ -94,9 +104,62 @@ def test_what_was_made_from_something_else_or_only_in_part_is_made_again(tiny_ll
     assert torch.equal(pool.streams[1].values, cached(tiny_llama, wanted, None, layers).streams[1].values)
 
 
+def test_a_pass_over_other_pairs_that_was_killed_leaves_the_first_one_to_be_made_again(tiny_llama, pairs, tmp_path, monkeypatch):
+    """Inputs change, the pass over the new ones is killed, and the inputs change back."""
+    first = cached(tiny_llama, pairs, Scratch(tmp_path, "1", EVERYTHING))
+    expected = {layer: first.streams[layer].values.clone() for layer in LAYERS}
+    with monkeypatch.context() as patched:
+        patched.setattr("relseek_assets.vectors.stream_cache._compute", killed)
+        with pytest.raises(KeyboardInterrupt):
+            cached(tiny_llama, pairs[::-1], Scratch(tmp_path, "1", EVERYTHING))
+    again = cached(tiny_llama, pairs, Scratch(tmp_path, "1", EVERYTHING))
+    for layer in LAYERS:
+        assert torch.equal(again.streams[layer].values, expected[layer])
+        assert torch.equal(first.streams[layer].values, expected[layer]), "and a run that maps the old file keeps it"
+    assert {path.name.split(".")[1] for path in tmp_path.glob("pairs.*")} == {next(tmp_path.glob("*.reference.safetensors")).name.split(".")[1]}
+
+
+def killed(_model, pairs, rows) -> None:
+    for layer in LAYERS:
+        pairs.streams[layer].of(rows[0]).fill_(1.0)
+    raise KeyboardInterrupt
+
+
+def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_none(tiny_llama, pairs, tmp_path):
+    """The limit on a file's size stands in for the disk's; the process that feels it is another one, since SIGXFSZ is for the whole of it."""
+    limit, before = 2000, resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        with pytest.raises(StorageError, match=r"L01\.stream: cannot hold .* GB of streams .* lower compute\.cache_gb"):
+            cached(tiny_llama, pairs, Scratch(tmp_path, "1", EVERYTHING))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_family_that_mixes_tokens_outside_attention_is_refused(byte_tokenizer, pairs):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    from relseek_resources.models import SteeredModel
+
+    torch.manual_seed(1)
+    settings = {"vocab_size": len(byte_tokenizer), "hidden_size": 64, "num_hidden_layers": 4, "initializer_range": 0.5, "pad_token_id": 0}
+    mamba = SteeredModel(MambaForCausalLM(MambaConfig(**settings)), byte_tokenizer)
+    with pytest.raises(ModelError, match="MambaForCausalLM: .*(packed rows|mix tokens)"):
+        cached(mamba, pairs, None)
+
+
+def test_pairs_whose_replies_are_the_same_are_left_out_and_counted(tiny_llama, pairs):
+    same = Pair("same", pairs[0].prompt, "Yes", "Yes")
+    pool = cached(tiny_llama, [pairs[0], same, *pairs[1:]], None)
+    assert pool.names == [pair.name for pair in pairs] and pool.tokens.alike == 1 and pool.too_long == 0
+
+
 def test_a_scratch_folder_that_cannot_be_made_is_an_error_that_names_it(tiny_llama, pairs, tmp_path):
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(StorageError, match="taken.*cannot hold"):
+    with pytest.raises(StorageError, match=r"taken.*cannot hold"):
         cached(tiny_llama, pairs, Scratch(tmp_path / "taken", "1", EVERYTHING))
 
 
