@@ -75,8 +75,12 @@ def matched_coherence(frame: pd.DataFrame) -> Figure:
     for kind, look in LOOKS.items():
         left.plot(part["loss"], part[kind], color=look["color"], marker=look["marker"], label={"floor": "flooring", "add": "adding"}[kind])
         left.fill_between(part["loss"], part[f"{kind}_lower"], part[f"{kind}_upper"], color=look["color"], alpha=0.15, linewidth=0)
-    error = [part["difference"] - part["difference_lower"], part["difference_upper"] - part["difference"]]
-    right.errorbar(part["loss"], part["difference"], yerr=error, color="black", marker="D", capsize=2)
+    for matched, colour, face in ((True, "black", "black"), (False, "grey", "white")):
+        mine = part[(part["finding"] != "unmatched") == matched]
+        error = [mine["difference"] - mine["difference_lower"], mine["difference_upper"] - mine["difference"]]
+        right.errorbar(mine["loss"], mine["difference"], yerr=error, color=colour, marker="D", markerfacecolor=face, capsize=2, linestyle="none")
+    note = "hollow: one of the two never costs so much coherence"
+    right.text(0.99, 0.01, note, transform=right.transAxes, ha="right", fontsize=7, alpha=0.7)
     right.axhline(0, color="grey", linewidth=0.8)
     left.set(xlabel="coherence that may be lost (points)", ylabel=f"most {LIKENESS}", title="At matched coherence")
     right.set(xlabel="coherence that may be lost (points)", ylabel="flooring minus adding (points)", title="Difference, 95% interval")

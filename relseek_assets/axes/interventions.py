@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 NONE, ADD, FLOOR = "none", "add", "floor"
 KINDS = (NONE, ADD, FLOOR)
+OPEN, UNMATCHED = "open", "unmatched"
 LOSSES = (0.0, 0.25, 0.5, 1.0, 2.0)  # coherence that an intervention may cost in the comparison, in points
 QUANTITIES = ("likeness", "coherence")
 
@@ -124,7 +125,15 @@ INTERVENTION_COMPARISON = TableSchema(
             )
             for end, what in (("", ""), ("_lower", ", 95% lower"), ("_upper", ", 95% upper"))
         ),
-        Column("finding", "string", "`floor` or `add` where the interval of the difference leaves out 0, else `open`", choices=(FLOOR, ADD, "open")),
+        Column("floor_loss", "number", "most coherence that flooring costs at any of its percentiles", "points"),
+        Column("add_loss", "number", "most coherence that adding costs at any of its strengths", "points"),
+        Column(
+            "finding",
+            "string",
+            "`floor` or `add` where the interval of the difference leaves out 0, else `open`; `unmatched` where one of them never costs so much, so "
+            "that stronger ones would have to be tried",
+            choices=(FLOOR, ADD, OPEN, UNMATCHED),
+        ),
         Column("n", "integer", "replies a condition", low=1),
         Column("method", "string", "how the intervals were made"),
     ),
@@ -328,7 +337,7 @@ def comparison(scores: pd.DataFrame, draws: int, seed: int, losses: Sequence[flo
 
     Both are paths from no intervention through their strengths, straight between neighbours in the plane of coherence and likeness. At a loss of
     coherence of at most δ points, each offers the most likeness that its path reaches with a coherence of at least that without intervention minus δ.
-    No intervention lies on both paths, so both always offer something.
+    No intervention lies on both paths, so both always offer something. A path that never costs δ could have gone on: nothing is found there.
     """
     wanted, wide, counts, method = _grid(scores, draws, seed)
     one = np.ones((1, counts.shape[1]))
@@ -336,6 +345,10 @@ def comparison(scores: pd.DataFrame, draws: int, seed: int, losses: Sequence[flo
     means = {
         weights is counts: {name: {c: _present_means(wide[name][c].to_numpy(float), weights) for c in wide[name]} for name in QUANTITIES}
         for weights in (one, counts)
+    }
+    costs = {
+        kind: max(0.0, float(max(means[False]["coherence"][NONE][0] - means[False]["coherence"][name][0] for name in path)))
+        for kind, path in paths.items()
     }
     rows: list[dict[str, Any]] = []
     for loss in losses:
@@ -351,7 +364,9 @@ def comparison(scores: pd.DataFrame, draws: int, seed: int, losses: Sequence[flo
         ):
             lower, upper = interval(drawn)
             row |= {name: float(value[0]), f"{name}_lower": lower, f"{name}_upper": upper}
-        row["finding"] = FLOOR if row["difference_lower"] > 0 else ADD if row["difference_upper"] < 0 else "open"
+        row |= {f"{kind}_loss": cost for kind, cost in costs.items()}
+        decided = FLOOR if row["difference_lower"] > 0 else ADD if row["difference_upper"] < 0 else OPEN
+        row["finding"] = UNMATCHED if min(costs.values()) < loss else decided
         rows.append({**row, "n": len(wide["likeness"]), "method": method})
     return pd.DataFrame(rows)
 

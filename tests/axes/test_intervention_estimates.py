@@ -134,7 +134,7 @@ def judged(means: dict[tuple[str, float], tuple[float, float]], noise: float = 0
     return pd.DataFrame(rows)
 
 
-FLOOR_WINS = {(NONE, 0.0): (3, 8), (ADD, 1.0): (4, 7), (ADD, 2.0): (5, 4), (FLOOR, 25.0): (6, 7.8), (FLOOR, 50.0): (7, 7)}
+FLOOR_WINS = {(NONE, 0.0): (3, 8), (ADD, 1.0): (4, 7), (ADD, 2.0): (5, 4), (FLOOR, 25.0): (6, 7.8), (FLOOR, 50.0): (7, 6.5)}
 
 
 def test_a_summary_gives_means_and_paired_changes():
@@ -176,15 +176,21 @@ def test_an_empty_reply_has_no_likeness_and_counts_as_such():
 def test_the_comparison_finds_which_keeps_more_likeness_at_matched_coherence(means, finding):
     frame = comparison(judged(means), draws=300, seed=1)
     interventions.INTERVENTION_COMPARISON.to_arrow(frame, "test")
-    assert (frame[frame["loss"] >= 0.5]["finding"] == finding).all()
+    assert (frame[frame["loss"].between(0.5, 1.0)]["finding"] == finding).all()
     row = frame.set_index("loss").loc[1.0]
     better, worse = (FLOOR, ADD) if finding == FLOOR else (ADD, FLOOR)
-    assert row[better] == pytest.approx(7, abs=0.3) and row[worse] == pytest.approx(4, abs=0.3)
+    assert row[better] == pytest.approx(6 + 0.8 / 1.3, abs=0.3) and row[worse] == pytest.approx(4, abs=0.3)
     assert row["difference"] == pytest.approx(row["floor"] - row["add"])
 
 
+def test_where_one_never_costs_so_much_coherence_nothing_is_found():
+    frame = comparison(judged(FLOOR_WINS), draws=300, seed=1).set_index("loss")
+    assert frame.loc[2.0, "floor_loss"] == pytest.approx(1.5, abs=0.3) and frame.loc[2.0, "add_loss"] == pytest.approx(4.0, abs=0.3)
+    assert frame.loc[2.0, "finding"] == "unmatched" and frame.loc[2.0, "difference_lower"] > 0
+
+
 def test_where_both_do_the_same_the_finding_is_open():
-    same = {(NONE, 0.0): (3, 8), (ADD, 1.0): (5, 7.5), (ADD, 2.0): (6, 6), (FLOOR, 25.0): (5, 7.5), (FLOOR, 50.0): (6, 6)}
+    same = {(NONE, 0.0): (3, 8), (ADD, 1.0): (5, 7.5), (ADD, 2.0): (6, 5), (FLOOR, 25.0): (5, 7.5), (FLOOR, 50.0): (6, 5)}
     frame = comparison(judged(same), draws=300, seed=1)
     assert (frame["finding"] == "open").all() and (frame["difference"].abs() < 0.3).all()
 
