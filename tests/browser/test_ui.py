@@ -152,7 +152,7 @@ def test_the_plot_is_in_the_assets_page(page: Any, ui: Ui, screenshots: Path) ->
 def test_a_group_shows_its_assets_with_description_kinds_and_owners(page: Any, ui: Ui, screenshots: Path) -> None:
     page.goto("/locations/__repository__@tiny/asset-groups/vectors")
     names = page.locator('[class*="AssetNode_assetName"]')
-    expect(names).to_have_count(5)
+    expect(names).to_have_count(7)  # training, its metrics, vectors, two summaries and two of geometry
     page.get_by_text("training_run", exact=True).first.click()
     expect(page.get_by_text("BiPO training of one site").first).to_be_visible()
     expect(page.get_by_text("Backfills all partitions in a single run")).to_be_visible()
