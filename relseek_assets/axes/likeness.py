@@ -7,18 +7,17 @@ set's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from relseek_assets.axes.resampling import crossed_draws, interval, weighted_aucs, weighted_means
 from relseek_assets.persona_set import ASSISTANT, OTHER
-from relseek_resources.judges.embedded import WORD, Features
+from relseek_resources.judges.embedded import WORD, EmbeddedJudge, Features
 from relseek_resources.judges.embedding import embed
 from relseek_resources.storage import Column, TableSchema, keyed_order
 
@@ -59,32 +58,10 @@ class LikenessError(ValueError):
     """Replies that a judge of assistant-likeness cannot be fitted on; the message says what is lacking."""
 
 
-@dataclass(frozen=True)
-class LikenessJudge:
-    """score = 10 σ(slope (weights · features + intercept) + offset): the chance, out of 10, that an assistant persona wrote the reply."""
+class LikenessJudge(EmbeddedJudge):
+    """Target is an assistant, anti-target somebody else: a score is the chance, out of 10, that an assistant persona wrote the reply."""
 
-    features: Features
-    weights: np.ndarray
-    intercept: float
-    slope: float
-    offset: float
-
-    def projections(self, texts: Sequence[str], embeddings: np.ndarray | None = None) -> np.ndarray:
-        """Log-odds of 'assistant' before calibration, shape (texts,)."""
-        return self.features(texts, embeddings) @ self.weights + self.intercept
-
-    def scores(self, texts: Sequence[str], embeddings: np.ndarray | None = None) -> np.ndarray:
-        """Scores from 0 (somebody else) to 10 (an assistant), shape (texts,)."""
-        return HIGH * expit(self.slope * self.projections(texts, embeddings) + self.offset)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        curve = np.array([self.intercept, self.slope, self.offset], dtype=np.float32)
-        return {"weights": self.weights.astype(np.float32), "rarity": self.features.rarity.astype(np.float32), "curve": curve}
-
-    @staticmethod
-    def from_arrays(arrays: Mapping[str, np.ndarray], vocabulary: Sequence[str]) -> LikenessJudge:
-        intercept, slope, offset = (float(value) for value in arrays["curve"])
-        return LikenessJudge(Features(tuple(vocabulary), arrays["rarity"]), arrays["weights"], intercept, slope, offset)
+    lowest = LOW
 
 
 @dataclass(frozen=True)
@@ -121,7 +98,7 @@ def fit(replies: pd.DataFrame, unused: Sequence[str], seed: int, on_batch: Calla
     slope, offset = _curve(projections[written], labels[written])
     judge = _regression(texts, embeddings, labels, np.flatnonzero(written & ~replies["persona"].isin(unused).to_numpy()))
     calibrated = LikenessJudge(judge.features, judge.weights, judge.intercept, slope, offset)
-    return LikenessFit(calibrated, HIGH * expit(slope * projections + offset))
+    return LikenessFit(calibrated, calibrated.scale(projections))
 
 
 def crossed_folds(replies: pd.DataFrame, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import numpy as np
 from scipy.optimize import minimize
@@ -53,10 +54,12 @@ class Features:
 
 @dataclass(frozen=True)
 class EmbeddedJudge:
-    """A direction in feature space and the curve that turns its projection into 1 to 10.
+    """A direction in feature space and the curve that turns its projection into 1 to 10, or from another `lowest` score.
 
-    score = 1 + 9 σ(slope (weights · features + intercept) + offset)
+    score = lowest + (10 - lowest) σ(slope (weights · features + intercept) + offset)
     """
+
+    lowest: ClassVar[float] = LOW
 
     features: Features
     weights: np.ndarray
@@ -69,8 +72,8 @@ class EmbeddedJudge:
         return self.features(texts, embeddings) @ self.weights + self.intercept
 
     def scale(self, projections: np.ndarray) -> np.ndarray:
-        """Scores from 1 (anti-target) to 10 (target) of projections, shape (texts,)."""
-        return LOW + (HIGH - LOW) * expit(self.slope * projections + self.offset)
+        """Scores from the lowest (anti-target) to 10 (target) of projections, shape (texts,)."""
+        return self.lowest + (HIGH - self.lowest) * expit(self.slope * projections + self.offset)
 
     def scores(self, texts: Sequence[str], embeddings: np.ndarray | None = None) -> np.ndarray:
         return self.scale(self.projections(texts, embeddings))
@@ -79,10 +82,10 @@ class EmbeddedJudge:
         curve = np.array([self.intercept, self.slope, self.offset], dtype=np.float32)
         return {"weights": self.weights.astype(np.float32), "rarity": self.features.rarity.astype(np.float32), "curve": curve}
 
-    @staticmethod
-    def from_arrays(arrays: Mapping[str, np.ndarray], vocabulary: Sequence[str]) -> EmbeddedJudge:
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], vocabulary: Sequence[str]) -> Self:
         intercept, slope, offset = (float(value) for value in arrays["curve"])
-        return EmbeddedJudge(Features(tuple(vocabulary), arrays["rarity"]), arrays["weights"], intercept, slope, offset)
+        return cls(Features(tuple(vocabulary), arrays["rarity"]), arrays["weights"], intercept, slope, offset)
 
 
 @dataclass(frozen=True)
