@@ -15,8 +15,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from relseek_assets.figures import COLOURS, MARKERS, blank
+from relseek_assets.figures import COLOURS, MARKERS, blank, png
 from relseek_assets.trial import Trial
+from relseek_resources.processes import in_order
 
 Drawing = Callable[[pd.DataFrame, Trial], Figure]
 
@@ -34,11 +35,17 @@ QUADRANTS = (
 BELOW = 0.2  # rows of room below the last, for the note
 
 
-def _drawn(table: pd.DataFrame, trial: Trial, drawings: Mapping[str, tuple[str, Drawing]]) -> dict[str, Figure]:
-    """Name -> figure of the rows of one part, those with an estimate or with details."""
+def _drawn(table: pd.DataFrame, trial: Trial, drawings: Mapping[str, tuple[str, Drawing]]) -> dict[str, str]:
+    """Name -> base64 PNG of the rows of one part, those with an estimate or with details."""
     there = table[table["estimate"].notna() | table["details"].notna()]
     found = {name: there[there["part"] == part] for name, (part, _) in drawings.items()}
-    return {name: drawings[name][1](rows, trial) for name, rows in found.items() if len(rows)}
+    pieces = {name: (drawings[name][1], rows, trial) for name, rows in found.items() if len(rows)}
+    return dict(zip(pieces, in_order(_picture, pieces.values(), len(pieces)), strict=True))
+
+
+def _picture(piece: tuple[Drawing, pd.DataFrame, Trial]) -> str:
+    draw, rows, trial = piece
+    return png(draw(rows, trial))
 
 
 def _words(name: Any) -> str:
@@ -80,7 +87,7 @@ def _forest(axes: Axes, rows: pd.DataFrame, labels: list[str], null: float) -> N
 # --- comparisons ------------------------------------------------------------------------------------------------------
 
 
-def comparisons(table: pd.DataFrame, trial: Trial) -> dict[str, Figure]:
+def comparisons(table: pd.DataFrame, trial: Trial) -> dict[str, str]:
     return _drawn(table, trial, {"goodbye_by_dose": ("goodbye by dose", _goodbye), "competency": ("competency changes", _competency)})
 
 
@@ -109,7 +116,7 @@ def _competency(rows: pd.DataFrame, trial: Trial) -> Figure:
 # --- profiles ---------------------------------------------------------------------------------------------------------
 
 
-def profiles(table: pd.DataFrame, trial: Trial) -> dict[str, Figure]:
+def profiles(table: pd.DataFrame, trial: Trial) -> dict[str, str]:
     return _drawn(
         table,
         trial,
@@ -167,7 +174,7 @@ def _slopes(rows: pd.DataFrame, trial: Trial) -> Figure:
 # --- vulnerability ----------------------------------------------------------------------------------------------------
 
 
-def vulnerability(table: pd.DataFrame, trial: Trial) -> dict[str, Figure]:
+def vulnerability(table: pd.DataFrame, trial: Trial) -> dict[str, str]:
     return _drawn(table, trial, {"vulnerability": ("vulnerability", _vulnerability)})
 
 
@@ -204,7 +211,7 @@ def _characteristic(term: str) -> str:
 # --- attrition --------------------------------------------------------------------------------------------------------
 
 
-def attrition(table: pd.DataFrame, trial: Trial) -> dict[str, Figure]:
+def attrition(table: pd.DataFrame, trial: Trial) -> dict[str, str]:
     return _drawn(table, trial, {"dropout_rates": ("dropout rates", _dropout), "balance": ("balance", _balance)})
 
 
@@ -240,7 +247,7 @@ def _balance(rows: pd.DataFrame, trial: Trial) -> Figure:
 # --- psychometrics ----------------------------------------------------------------------------------------------------
 
 
-def psychometrics(table: pd.DataFrame, trial: Trial) -> dict[str, Figure]:
+def psychometrics(table: pd.DataFrame, trial: Trial) -> dict[str, str]:
     return _drawn(
         table,
         trial,
@@ -279,7 +286,7 @@ def _scores(rows: pd.DataFrame, trial: Trial) -> Figure:
 # --- topics -----------------------------------------------------------------------------------------------------------
 
 
-def topics(table: pd.DataFrame, trial: Trial) -> dict[str, Figure]:
+def topics(table: pd.DataFrame, trial: Trial) -> dict[str, str]:
     return _drawn(table, trial, {"topic_ranks": ("topic ranks", _ranks)})
 
 
@@ -295,7 +302,7 @@ def _ranks(rows: pd.DataFrame, trial: Trial) -> Figure:
 # --- calibration ------------------------------------------------------------------------------------------------------
 
 
-def calibration(table: pd.DataFrame, trial: Trial) -> dict[str, Figure]:
+def calibration(table: pd.DataFrame, trial: Trial) -> dict[str, str]:
     return _drawn(
         table,
         trial,
@@ -336,7 +343,7 @@ def _win_rates(rows: pd.DataFrame, trial: Trial) -> Figure:
 # --- frontier ---------------------------------------------------------------------------------------------------------
 
 
-def frontier_trend(table: pd.DataFrame, trial: Trial) -> dict[str, Figure]:
+def frontier_trend(table: pd.DataFrame, trial: Trial) -> dict[str, str]:
     vector = table[(table["part"] == "vector scores") & table["estimate"].notna()]
     found = _drawn(table, trial, {"vector_scores": ("vector scores", _vector)})
     models = table[(table["part"] == "model means") & table["estimate"].notna()]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from relseek_assets import figures, sources
+from relseek_assets.bill import Bill
 from relseek_assets.lineage import ALREADY_RECORDED, Lineage
 from relseek_assets.partitions import Partitions, cell_of
 from relseek_assets.study import Study
@@ -31,6 +33,10 @@ from relseek_resources.storage import StorageError, TableSchema, content_version
 TABLE, VECTORS, PAGE = "parquet", "safetensors", "html"
 STATUS = "status"  # metadata of a partition that holds nothing, and why
 NOTHING: Any = dg.Nothing  # our results pass through files and not through Dagster
+FOLLOWS = "relseek/follows"  # tag of a run that takes up one site and epoch: every asset of it computes its own partitions of that
+
+Waits = Callable[[Path], Mapping[str | None, str]]  # from the study's folder: partition -> what it waits for
+Bills = Callable[[Path, Sequence[str | None]], Bill]  # from the study's folder and partitions
 
 
 def store_folder() -> Path:
@@ -55,7 +61,15 @@ class Store(dg.ConfigurableResource):
 
     def path(self, key: dg.AssetKey, partition: str | None, suffix: str) -> Path:
         parts = ["all"] if partition is None else str(partition).split("|")
-        return (Path(self.root) if self.root else store_folder()).joinpath(*key.path, *parts[:-1], f"{parts[-1]}.{suffix}")
+        return self._root.joinpath(*key.path, *parts[:-1], f"{parts[-1]}.{suffix}")
+
+    def folder(self, study: str) -> Path:
+        """Where all files of a study lie, assets and whatever else it has to remember."""
+        return self._root / study
+
+    @property
+    def _root(self) -> Path:
+        return Path(self.root) if self.root else store_folder()
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,8 @@ class StageAsset:
 
     `schema` is None unless they are tables, and a mapping where every partition is a table of its own shape. `view` turns the rows of all
     partitions into what readers are shown, where a column depends on partitions beside. `seconds` is the stated estimate for one
-    partition, used until a run has measured it. `optional` names inputs that may be absent without the partition's being so.
+    partition, used until a run has measured it. `optional` names inputs that may be absent without the partition's being so. `waits` says which
+    partitions cannot be had yet because somebody outside is at work on them, `bill` what partitions would cost.
     """
 
     name: str
@@ -74,6 +89,8 @@ class StageAsset:
     seconds: float = 0.1
     view: Callable[[pd.DataFrame], pd.DataFrame] | None = None
     optional: tuple[str, ...] = ()
+    waits: Waits | None = None
+    bill: Bills | None = None
 
     def schema_of(self, partition: str | None) -> TableSchema:
         assert self.schema is not None, f"{self.name} is no table"
@@ -103,9 +120,9 @@ class Work:
     def key(self, asset: str) -> dg.AssetKey:
         return key_of(self.study, asset)
 
-    def read_table(self, asset: str, partition: str | None = None) -> pd.DataFrame:
-        """One partition of an upstream table."""
-        return storage.read_table(self.store.path(self.key(asset), partition, TABLE), self.catalogue[asset].schema_of(partition))
+    def read_table(self, asset: str, partition: str | None = None, without: Sequence[str] = ()) -> pd.DataFrame:
+        """One partition of an upstream table; columns `without` are not read."""
+        return storage.read_table(self.store.path(self.key(asset), partition, TABLE), self.catalogue[asset].schema_of(partition), without)
 
     def status(self, asset: str, partition: str | None = None) -> str:
         """What an upstream partition says of itself where it could not be computed: `absent: FILE`, or a fault; empty where all is well."""
@@ -122,6 +139,12 @@ class Work:
         wanted = self.key(asset)
         found = [key for parent, key in self.lineage.parents(self.context.asset_key, partition) if parent == wanted]
         return sorted((key for key in found if self.lineage.record(wanted, key) is not None), key=partition_order)
+
+    def by_vector(self) -> Iterator[tuple[str, int, list[str | None]]]:
+        """The wanted partitions grouped by vector: (site, epoch, partitions)."""
+        for (site, epoch), found in groupby(self.partitions, key=lambda key: (cell_of(key).site, cell_of(key).epoch)):
+            assert site is not None and epoch is not None, f"{self.me.name} has partitions without a site or an epoch"
+            yield site, epoch, list(found)
 
     def version(self, asset: str, partition: str | None = None) -> str | None:
         return self.lineage.version(self.key(asset), partition)
@@ -223,18 +246,23 @@ def partition_order(key: str | None) -> tuple[str, int, float]:
 
 def plot(figure: Figure) -> dg.MetadataValue:
     """A figure for the asset's page: Markdown with the picture inside."""
-    return dg.MetadataValue.md(f"![figure](data:image/png;base64,{figures.png(figure)})")
+    return png(figures.png(figure))
+
+
+def png(encoded: str) -> dg.MetadataValue:
+    """The same from a PNG in base64, drawn elsewhere."""
+    return dg.MetadataValue.md(f"![figure](data:image/png;base64,{encoded})")
 
 
 def preview(frame: pd.DataFrame, rows: int = 5) -> dg.MetadataValue:
     """The first rows as a Markdown table, long texts cut."""
-    short = frame.head(rows).map(lambda value: value if isinstance(value, int | float) else str(value).replace("\n", " ")[:60])
-    lines = ["| " + " | ".join(map(str, short.columns)) + " |", "|" + "---|" * len(short.columns)]
-    lines += [
-        "| " + " | ".join(f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/") for value in row) + " |"
-        for row in short.itertuples(index=False)
-    ]
+    lines = ["| " + " | ".join(map(str, frame.columns)) + " |", "|" + "---|" * len(frame.columns)]
+    lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in frame.head(rows).itertuples(index=False, name=None)]
     return dg.MetadataValue.md("\n".join(lines))
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("\n", " ")[:60].replace("|", "/")
 
 
 def key_of(study: Study, asset: str) -> dg.AssetKey:
@@ -280,6 +308,8 @@ class Stage:
         pool: str | None = None,
         seconds: float = 0.1,
         optional: Sequence[str] = (),
+        waits: Waits | None = None,
+        bill: Bills | None = None,
     ) -> Callable[[Callable[[Work], Iterator[dg.AssetMaterialization]]], StageAsset]:
         """Declare an asset of the study.
 
@@ -292,6 +322,8 @@ class Stage:
             view: from the rows of all partitions to what readers are shown.
             seconds: a stated estimate for one partition of the quickstart on two cores.
             optional: those of `deps` that are read where they are there: published files or other studies' assets, and what is made from them.
+            waits: which partitions somebody outside is at work on; what is made from them is left out of a run.
+            bill: what partitions would cost in dollars.
         """
 
         def declare(body: Callable[[Work], Iterator[dg.AssetMaterialization]]) -> StageAsset:
@@ -315,10 +347,9 @@ class Stage:
             def definition(context: dg.AssetExecutionContext) -> Iterator[Any]:
                 lineage = Lineage(context.instance, self.graph)
                 store = context.resources.store
-                keys: list[str | None] = (
-                    sorted(context.partition_keys, key=partition_order) if context.has_partition_key or context.has_partition_key_range else [None]
-                )
-                wanted = [key for key in map(multi, keys) if self.partitions.exists(key)]
+                wanted = [key for key in map(multi, self._asked_for(context, partitions)) if self.partitions.exists(key)]
+                if any(asset.waits for asset in self.catalogue.values()):
+                    wanted = self._ready(wanted, found, lineage, store.folder(self.study.name), context.log)
                 if wanted:
                     work = Work(self.study, context, store, context.resources, lineage, self.catalogue, found, wanted)
                     work.remember_inputs()
@@ -326,11 +357,70 @@ class Stage:
                     work.say_statuses()
                 yield dg.Output(None, metadata=ALREADY_RECORDED)
 
-            found = StageAsset(name, definition, form, schema, seconds, view, tuple(optional))
+            found = StageAsset(name, definition, form, schema, seconds, view, tuple(optional), waits, bill)
             self.catalogue[name] = found
             return found
 
         return declare
+
+    def _asked_for(self, context: dg.AssetExecutionContext, partitions: dg.PartitionsDefinition | None) -> list[str | None]:
+        """The partitions that a run wants of an asset: those of its key or range, or those of the site and epoch that it follows."""
+        followed = context.run.tags.get(FOLLOWS)
+        if followed is not None and partitions is not None:
+            target = cell_of(followed)
+            if partitions not in (self.partitions.site_by_dose, self.partitions.site_by_evaluated_epoch, self.partitions.swept_site):
+                return []  # of something else than vectors: what follows there is computed by `relseek run`
+            cells = [(cell_of(key), key) for key in partitions.get_partition_keys()]
+            return sorted((key for cell, key in cells if cell.site == target.site and cell.epoch in (None, target.epoch)), key=partition_order)
+        if context.has_partition_key or context.has_partition_key_range:
+            return sorted(context.partition_keys, key=partition_order)
+        return [None]
+
+    def _ready(self, wanted: Sequence[str | None], asset: StageAsset, lineage: Lineage, folder: Path, log: Any) -> list[str | None]:
+        """Those of the wanted partitions whose inputs are there; the others wait for somebody outside, and a line says for whom."""
+        waits = {name: other.waits(folder) for name, other in self.catalogue.items() if other.waits}
+        known: dict[tuple[str, str | None], str] = {}
+
+        def lacking(name: str, partition: str | None) -> str:
+            """What a partition that reads what may be waited for lacks."""
+            node = (name, partition)
+            if node not in known:
+                known[node] = ""
+                for parent, key in lineage.parents(self.key(name), partition) if self._awaited(name) else ():
+                    upstream = parent.path[-1]
+                    made_here = parent.path[0] == self.study.name and upstream in self.catalogue and self.partitions.exists(key)
+                    if not made_here or upstream in self.catalogue[name].optional:
+                        continue
+                    gone = "" if lineage.version(parent, key) else f"{upstream} {key or ''} is not there yet"
+                    known[node] = waits.get(upstream, {}).get(None if key is None else str(key), "") or gone or lacking(upstream, key)
+                    if known[node]:
+                        break
+            return known[node]
+
+        reasons = {partition: lacking(asset.name, partition) for partition in wanted}
+        left_out = [reason for reason in reasons.values() if reason]
+        if left_out:
+            log.warning(f"{asset.name}: {len(left_out)} of {len(wanted)} partitions left out: {left_out[0]}")
+        return [partition for partition in wanted if not reasons[partition]]
+
+    def _awaited(self, name: str) -> bool:
+        """Whether an asset is made, at whatever remove, from one that may be waited for."""
+        return name in self._downstream_of_waits
+
+    @cached_property
+    def _downstream_of_waits(self) -> set[str]:
+        found: set[str] = set()
+        for level in self.graph.toposorted_asset_keys_by_level:
+            for key in level:
+                parents = {parent.path[-1] for parent in self.graph.get(key).parent_keys if parent.path[0] == self.study.name}
+                if key.path[-1] in self.catalogue and any(name in found or self.catalogue[name].waits for name in parents & self.catalogue.keys()):
+                    found.add(key.path[-1])
+        return found
+
+    def followers(self) -> list[str]:
+        """What is made, at whatever remove, from answers that somebody outside gives, and they themselves, upstream first."""
+        order = [key.path[-1] for level in self.graph.toposorted_asset_keys_by_level for key in level]
+        return [name for name in order if name in self.catalogue and (self.catalogue[name].waits or self._awaited(name))]
 
 
 def multi(key: str | None) -> str | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Hashable
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -443,7 +445,8 @@ def outcome_key(study: str, outcome: str) -> str:
     return f"{study}:{outcome}"
 
 
-def parsed_time(value: Any, prefix: str) -> int | None:
+@lru_cache(maxsize=4096, typed=True)
+def parsed_time(value: Hashable, prefix: str) -> int | None:
     """`w3` -> 3 with the prefix `w`; None where there is nothing.
 
     Raises:

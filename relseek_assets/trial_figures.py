@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from relseek_assets.figures import COLOURS, DPI, MARKERS, STYLE, blank
+from relseek_assets.figures import COLOURS, DPI, MARKERS, STYLE
 from relseek_assets.trial import Trial
 
 Draw = Callable[[Axes, pd.DataFrame, Trial], None]
@@ -144,7 +144,15 @@ def forest(table: pd.DataFrame, trial: Trial) -> Figure:
     main = table[table["test_type"].str.startswith("main_effect")]
     types = list(dict.fromkeys(main["test_type"]))
     labels = list(dict.fromkeys(zip(main["outcome"], main["study"], strict=True)))
-    figure, panels = blank(len(types), 3.6, 1.1 + 0.34 * len(labels))
+    names = [f"{_name(outcome)}, {study.replace('_', ' ')}" for outcome, study in labels]
+    labelled, inner, right, height = 0.2 + 0.06 * max(map(len, names)), 2.7, 0.15, 1.2 + 0.34 * len(labels)  # inches; fixed, as in `panels`
+    width = labelled + (inner + right) * len(types)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), dpi=DPI)
+        FigureCanvasAgg(figure)
+        edges = {"left": labelled / width, "right": 1 - right / width, "bottom": 0.45 / height, "top": 1 - 0.5 / height, "wspace": right / inner}
+        grid = figure.add_gridspec(1, len(types), **edges)
+        panels = [figure.add_subplot(grid[place]) for place in range(len(types))]
     for axes, test_type in zip(panels, types, strict=True):
         part = main[main["test_type"] == test_type]
         places = np.array([labels.index(label) for label in zip(part["outcome"], part["study"], strict=True)])
@@ -154,9 +162,7 @@ def forest(table: pd.DataFrame, trial: Trial) -> Figure:
             error = [rows["estimate"] - rows["lower"], rows["upper"] - rows["estimate"]]
             axes.errorbar(rows["estimate"], places[chosen], xerr=error, color=colour, marker="o", markerfacecolor=face, capsize=2, linestyle="none")
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(
-            range(len(labels)), [f"{_name(outcome)}, {study.replace('_', ' ')}" for outcome, study in labels] if axes is panels[0] else []
-        )
+        axes.set_yticks(range(len(labels)), names if axes is panels[0] else [], fontsize=8)
         axes.set(ylim=(len(labels) - 0.5, -0.5), xlabel="difference (outcome's unit)", title=str(part["contrast"].iloc[0]).replace(": ", "\n"))
         axes.title.set_fontsize(8)
     panels[-1].text(0.99, 0.02, "filled: adjusted p < 0.05", transform=panels[-1].transAxes, ha="right", fontsize=7, alpha=0.7)

@@ -5,16 +5,23 @@ Here belongs how pieces are spread over processes. What a piece is belongs to th
 
 from __future__ import annotations
 
-import importlib
+import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
+
+from threadpoolctl import threadpool_limits
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
 FEWEST = 6  # pieces; below it the start of other processes costs more than it saves
+PAIR = 2  # pieces; enough for processes that run already
+AHEAD = 3  # pieces for each process that are made before they are asked for
 
 
 def cores() -> int:
@@ -22,24 +29,35 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+_pools: list[ProcessPoolExecutor] = []
 _preparing: list[threading.Thread] = []
 
 
-def prepare(module: str) -> None:
-    """Start the processes now and let them import `module`, while this one goes on with something else."""
-    if cores() == 1 or _preparing:
-        return
-    from joblib import Parallel, delayed
+def prepare(*modules: str) -> None:
+    """Start the processes now, with `modules` imported, while this one goes on with something else."""
+    if cores() > 1 and not _pools and not _preparing:
 
-    def start() -> None:
-        Parallel(n_jobs=cores())(delayed(_imported)(module) for _ in range(cores()))
+        def start() -> None:
+            pool = _started(modules)
+            for _ in range(cores()):
+                pool.submit(cores)  # a process starts when there is something to do, once the modules are imported
 
-    _preparing.append(threading.Thread(target=start, daemon=True))
-    _preparing[0].start()
+        _preparing.append(threading.Thread(target=start, daemon=True))
+        _preparing[0].start()
 
 
-def _imported(module: str) -> None:
-    importlib.import_module(module)
+def _started(modules: Sequence[str] = ()) -> ProcessPoolExecutor:
+    """The processes, which stay until this one ends. One server imports `modules` and forks them, so that each is imported once."""
+    if not _pools:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([*modules])
+        _pools.append(ProcessPoolExecutor(cores(), mp_context=context, initializer=_of_one_thread))
+    return _pools[0]
+
+
+def _of_one_thread() -> None:
+    """Processes that fill the cores have one thread each for linear algebra; more would take turns."""
+    threadpool_limits(1)
 
 
 def in_order(work: Callable[[Piece], Result], pieces: Iterable[Piece], count: int) -> Iterator[Result]:
@@ -47,11 +65,22 @@ def in_order(work: Callable[[Piece], Result], pieces: Iterable[Piece], count: in
 
     With several cores and enough pieces they go to processes that stay for the next call; `work` and the pieces must then be picklable.
     """
-    if count < FEWEST or cores() == 1:
+    if count < (PAIR if _pools or _preparing else FEWEST) or cores() == 1:
         yield from map(work, pieces)
         return
-    from joblib import Parallel, delayed
-
     for thread in _preparing:
         thread.join()
-    yield from Parallel(n_jobs=min(cores(), count), return_as="generator", batch_size=1)(delayed(work)(piece) for piece in pieces)
+    pool, waiting = _started(), deque[Future[Result]]()
+    try:
+        for piece in pieces:
+            waiting.append(pool.submit(work, piece))
+            if len(waiting) > AHEAD * cores():
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        _pools.clear()  # one was killed, for want of memory perhaps; the next call starts others
+        raise
+    finally:
+        for left in waiting:
+            left.cancel()

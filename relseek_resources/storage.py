@@ -173,12 +173,14 @@ class TableSchema:
 
 
 def _as_arrow(values: pd.Series, column: Column) -> pa.Array:
-    """The column as Arrow stores it: numbers and strings of a plain dtype at once, anything else value by value."""
+    """The column as Arrow stores it: plain numbers and strings at once, anything else value by value."""
     plain = getattr(values.dtype, "kind", "O") if isinstance(values.dtype, np.dtype) else ""
+    if column.kind == "string" and plain == "O" and pd.api.types.infer_dtype(values, skipna=True) == "string":
+        return pa.array(values.where(values.notna(), None).to_numpy(), column.arrow_type)
     if (column.kind == "number" and plain in "fiu" and plain) or (column.kind == "integer" and plain in "iu" and plain):
         return pa.array(values.to_numpy(), column.arrow_type, from_pandas=True)
     if column.kind == "string" and isinstance(values.dtype, pd.StringDtype):
-        return pa.array(values.to_numpy(object), column.arrow_type, from_pandas=True)
+        return pa.array(values.array, column.arrow_type, from_pandas=True)
     items = [None if _is_null(value) else _of_kind(value, column.kind) for value in values.tolist()]
     return pa.array(items, column.arrow_type)
 
@@ -211,11 +213,21 @@ def table_version(table: pa.Table) -> str:
         digest.update(f"{part.name}:{part.type}:{len(column)}".encode())
         digest.update(np.asarray(column.is_null().to_numpy(zero_copy_only=False)).tobytes())
         if pa.types.is_string(part.type):
-            texts = [text.encode() for text in column.fill_null("").to_pylist()]
-            digest.update(np.array([len(text) for text in texts], dtype=np.int64).tobytes() + b"".join(texts))
+            texts = column.fill_null("")
+            digest.update(pc.binary_length(texts).to_numpy().astype(np.int64).tobytes())
+            digest.update(_text_of(texts))
         else:
             digest.update(column.fill_null(False if pa.types.is_boolean(part.type) else 0).to_numpy(zero_copy_only=False).tobytes())
     return digest.hexdigest()[:16]
+
+
+def _text_of(texts: pa.StringArray) -> memoryview:
+    """The UTF-8 of all texts in one, where it lies: a table of requests holds hundreds of megabytes."""
+    _, offsets, data = texts.buffers()
+    if data is None:
+        return memoryview(b"")
+    first, last = (int(np.frombuffer(offsets, np.int32, 1, 4 * place)[0]) for place in (texts.offset, texts.offset + len(texts)))
+    return memoryview(data)[first:last]
 
 
 def write_table(path: Path, frame: pd.DataFrame, schema: TableSchema) -> str:
@@ -229,10 +241,11 @@ def write_table(path: Path, frame: pd.DataFrame, schema: TableSchema) -> str:
     return table_version(table)
 
 
-def read_table(path: Path, schema: TableSchema) -> pd.DataFrame:
-    """Read a table written by `write_table`; json columns come back as Python values, empty numbers as NaN."""
+def read_table(path: Path, schema: TableSchema, without: Sequence[str] = ()) -> pd.DataFrame:
+    """Read a table written by `write_table`; json columns come back as Python values, empty numbers as NaN. Columns `without` are not read."""
     try:
-        frame = pq.ParquetFile(path).read().to_pandas()
+        file = pq.ParquetFile(path)
+        frame = file.read([name for name in file.schema_arrow.names if name not in without] if without else None).to_pandas()
     except FileNotFoundError as error:
         raise StorageError(f"{path}: no such file; materialise the asset that writes it") from error
     except (pa.ArrowInvalid, OSError) as error:

@@ -6,15 +6,15 @@ A file that is absent or faulty makes what reads it empty, with a status that sa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import dagster as dg
 import pandas as pd
 
-from relseek_assets import trial_figures
-from relseek_assets.stage import Stage, Work, plot
+from relseek_assets.stage import Stage, Work, png
 from relseek_assets.trial import Trial
-from relseek_assets.trials import covariates, estimates, fdr, frames, raw, steps, tables
+from relseek_assets.trials import covariates, estimates, fdr, frames, instruments, raw, steps, tables
 from relseek_assets.trials.frames import OutcomeFrame
 from relseek_assets.trials.instruments import INSTRUMENTS, SCHEMA, Instrument
 from relseek_assets.trials.raw import TrialFault
@@ -42,7 +42,7 @@ def build(stage: Stage) -> None:
     )
     def trial_tables(work: Work) -> Iterator[dg.AssetMaterialization]:
         if len(trial.keys) >= FEWEST:
-            prepare(steps.__name__)  # files are read here, while the processes that will estimate start
+            prepare(steps.__name__, instruments.__name__)  # files are read here, while the processes that will estimate start
         for name in work.partitions:
             assert name is not None
             try:
@@ -101,17 +101,21 @@ def build(stage: Stage) -> None:
         schema=tables.FDR,
     )
     def trial_fdr(work: Work) -> Iterator[dg.AssetMaterialization]:
-        for family in work.partitions:
-            assert family is not None
+        tables: dict[str, pd.DataFrame] = {}
+        missing: dict[str, dict[str, str]] = {}
+        for family in map(str, work.partitions):
             keys = work.upstream("trial_contrasts", family)
-            missing = {key: status for key in keys if (status := work.status("trial_contrasts", key))}
-            rows = [work.read_table("trial_contrasts", key) for key in keys if key not in missing]
-            if not rows:
-                yield work.nothing(family, "; ".join(dict.fromkeys(missing.values())) or "no outcome belongs to this family")
-                continue
-            table = fdr.family_table(pd.concat(rows, ignore_index=True), trial, family)
-            shown = {"forest": plot(trial_figures.forest(table, trial))}
-            yield work.table(family, table, {**shown, **({"left_out": ", ".join(map(str, missing))} if missing else {})})
+            missing[family] = {str(key): status for key in keys if (status := work.status("trial_contrasts", key))}
+            rows = [work.read_table("trial_contrasts", key) for key in keys if str(key) not in missing[family]]
+            if rows:
+                tables[family] = fdr.family_table(pd.concat(rows, ignore_index=True), trial, family)
+        forests = in_order(partial(steps.forest, trial), tables.values(), len(tables))
+        for family, absent in missing.items():
+            if family in tables:
+                shown = {"forest": png(next(forests)), **({"left_out": ", ".join(absent)} if absent else {})}
+                yield work.table(family, tables[family], shown)
+            else:
+                yield work.nothing(family, "; ".join(dict.fromkeys(absent.values())) or "no outcome belongs to this family")
 
     @stage.asset(
         group=GROUP,
@@ -221,7 +225,7 @@ def published_instrument(stage: Stage, trial: Trial, instrument: Instrument) -> 
         there = tuple(name for name, status in statuses.items() if not status)
         people = work.read_table("trial_participants") if trial.participants else None
         table = instrument.table(trial, read_tables(work, there), people if people is not None and len(people) else None)
-        figures = {f"plot_{title}": plot(figure) for title, figure in instrument.figures(table, trial).items()}
+        figures = {f"plot_{title}": png(figure) for title, figure in instrument.figures(table, trial).items()}
         faults = "; ".join(status for status in statuses.values() if status)
         yield work.table(None, table, {**figures, "left_out": faults or "nothing"})
 
@@ -256,19 +260,20 @@ def by_outcome(
     trial = work.study.trial
     assert trial is not None
     keys = [str(key) for key in work.partitions]
-    tasks = (task_of(work, trial, key, step, upstream, options(key), people) for key in keys)
+    table = frames.covariates_table(people) if people is not None and len(people) else None
+    tasks = (task_of(work, trial, key, step, upstream, options(key), table) for key in keys)
     with work.progress(len(keys), "outcome") as done:
         for partition, made in zip(work.partitions, in_order(steps.do, tasks, len(keys)), strict=True):
             if made.table is None:
                 yield work.nothing(partition, made.fault)
             else:
-                shown = {"plot": dg.MetadataValue.md(f"![figure](data:image/png;base64,{made.figure})")} if made.figure else {}
+                shown = {"plot": png(made.figure)} if made.figure else {}
                 yield work.table(partition, made.table, shown)
             done()
 
 
 def task_of(
-    work: Work, trial: Trial, key: str, step: steps.Step, upstream: tuple[str, ...], options: Mapping[str, Any], people: pd.DataFrame | None
+    work: Work, trial: Trial, key: str, step: steps.Step, upstream: tuple[str, ...], options: Mapping[str, Any], covariates: pd.DataFrame | None
 ) -> steps.Task | steps.Made:
     """What is to be done for an outcome, or why nothing can be."""
     read = [("trial_tables", table) for table in trial.tables_of(key)] + [(asset, key) for asset in upstream]
@@ -278,8 +283,8 @@ def task_of(
         token, frame = remembered_frame(work, trial, key)
     except TrialFault as fault:
         return steps.Made(fault=str(fault))
-    if people is not None and len(people):
-        frame = frames.with_covariates(frame, people)
+    if covariates is not None:
+        frame = frames.with_covariates(frame, covariates)
         token = (*token, work.version("trial_participants"))
     return steps.Task(step, token, frame, {asset: work.read_table(asset, key) for asset in upstream}, options)
 

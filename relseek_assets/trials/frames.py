@@ -97,16 +97,24 @@ def outcome_frame(trial: Trial, key: str, tables: Mapping[str, pd.DataFrame]) ->
     return OutcomeFrame(study, outcome, trial, frame.reset_index(drop=True), factors)
 
 
-def with_covariates(frame: OutcomeFrame, participants: pd.DataFrame) -> OutcomeFrame:
-    """The same rows with the declared covariates beside; texts become factors, levels in the order of the participants' table."""
-    table = participants.set_index("participant")
-    table = table[[name for name in table.columns if name not in frame.rows and name != "study"]]
-    for name in table.columns:
-        if not pd.api.types.is_numeric_dtype(table[name]):
-            table[name] = pd.Categorical(table[name], list(dict.fromkeys(table[name].dropna())))
+def covariates_table(participants: pd.DataFrame) -> pd.DataFrame:
+    """Covariates by participant; texts become factors, levels in the order of the participants' table."""
+    table = participants.set_index("participant").drop(columns="study", errors="ignore")
+    factors = {
+        name: pd.Categorical(table[name], list(dict.fromkeys(table[name].dropna())))
+        for name in table.columns
+        if not pd.api.types.is_numeric_dtype(table[name])
+    }
+    return table.assign(**factors)
+
+
+def with_covariates(frame: OutcomeFrame, table: pd.DataFrame) -> OutcomeFrame:
+    """The same rows with the declared covariates of a `covariates_table` beside."""
     settings = frame.trial.robustness
-    wanted = tuple(name for name in (*settings.demographics, *settings.preferences) if name in table and table[name].nunique() > 1)
-    return replace(frame, rows=frame.rows.join(table[list(wanted)], on="participant"), covariates=wanted)
+    declared = dict.fromkeys((*settings.demographics, *settings.preferences))
+    wanted = tuple(name for name in declared if name in table and name not in frame.rows and table[name].nunique() > 1)
+    beside = table[list(wanted)].reindex(frame.rows["participant"]).set_axis(frame.rows.index)
+    return replace(frame, rows=pd.concat([frame.rows, beside], axis=1), covariates=wanted)
 
 
 def _with_arms(trial: Trial, raw: pd.DataFrame, arms: pd.DataFrame, key: str) -> pd.DataFrame:

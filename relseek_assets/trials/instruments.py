@@ -7,15 +7,17 @@ Here belongs turning the results of the analyses into rows, also where a table i
 
 from __future__ import annotations
 
+import pickle
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from formulaic.errors import FormulaicError
-from matplotlib.figure import Figure
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
@@ -36,6 +38,7 @@ from relseek_assets.trials import (
 from relseek_assets.trials.exact import benjamini_hochberg
 from relseek_assets.trials.participants import CATEGORIES, CLUSTERS, COARSENINGS, DROPOUT, STUDIES, treatment_columns
 from relseek_assets.trials.raw import TrialFault
+from relseek_resources.processes import in_order
 from relseek_resources.storage import Column, TableSchema
 
 SCHEMA = TableSchema(
@@ -83,13 +86,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Instrument:
-    """A published instrument as an asset: the raw tables that it reads, its rows, its figures, and a stated time in seconds."""
+    """A published instrument as an asset: the raw tables that it reads, its rows, its figures as base64 PNG, and a stated time in seconds."""
 
     name: str
     description: str
     tables: tuple[str, ...]
     make: Callable[[Tables, pd.DataFrame | None], pd.DataFrame]
-    figures: Callable[[pd.DataFrame, Trial], dict[str, Figure]]
+    figures: Callable[[pd.DataFrame, Trial], dict[str, str]]
     seconds: float
 
     def table(self, trial: Trial, tables: Tables, people: pd.DataFrame | None) -> pd.DataFrame:
@@ -225,19 +228,30 @@ def _with_files(note: str | None, trial: Trial) -> str | None:
 
 
 def _make(parts: Sequence[Part], tables: Tables, people: pd.DataFrame | None) -> pd.DataFrame:
-    """All parts' rows, `SCHEMA`; a part whose tables are absent, or at fault, is one row that says so."""
+    """All parts' rows, `SCHEMA`; a part whose tables are absent, or at fault, is one row that says so. Parts go to every core."""
     inputs = Inputs(tables, people)
-    found = []
-    for part in parts:
-        if absent := inputs.lacks(part.needs):
-            found.append(_nothing(part, "absent: " + ", ".join(absent)))
-            continue
-        try:
-            found.append(part.rows(inputs))
-        except FAULTS as fault:
-            told = str(fault) if isinstance(fault, TrialFault) else f"{type(fault).__name__}: {fault}"
-            found.append(_nothing(part, told))
+    there = [part for part in parts if not inputs.lacks(part.needs)]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "inputs"  # read once by each process; with every part it would be sent as often as there are parts
+        file.write_bytes(pickle.dumps(inputs, pickle.HIGHEST_PROTOCOL))
+        made = in_order(_part_rows, ((file, part) for part in there), len(there))
+        found = [next(made) if part in there else _nothing(part, "absent: " + ", ".join(inputs.lacks(part.needs))) for part in parts]
     return _tidied(pd.concat(found, ignore_index=True))
+
+
+def _part_rows(piece: tuple[Path, Part]) -> pd.DataFrame:
+    """A part's rows in any process, which keeps what it makes of the inputs for its next part."""
+    file, part = piece
+    try:
+        return part.rows(_inputs_of(file))
+    except FAULTS as fault:
+        return _nothing(part, str(fault) if isinstance(fault, TrialFault) else f"{type(fault).__name__}: {fault}")
+
+
+@lru_cache(maxsize=1)
+def _inputs_of(file: Path) -> Inputs:
+    found: Inputs = pickle.loads(file.read_bytes())
+    return found
 
 
 def _share(count: int, n: int) -> dict[str, Any]:
@@ -819,7 +833,7 @@ def _instrument(
     name: str,
     description: str,
     parts: tuple[Part, ...],
-    figures: Callable[[pd.DataFrame, Trial], dict[str, Figure]],
+    figures: Callable[[pd.DataFrame, Trial], dict[str, str]],
     seconds: float,
     *,
     further: tuple[str, ...] = (),

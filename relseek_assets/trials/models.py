@@ -102,7 +102,7 @@ def grid_rows(frame: OutcomeFrame, points: pd.DataFrame) -> np.ndarray:
             grid[name] = 0.0 if name == "dose" else _typical(values)
         if isinstance(values.dtype, pd.CategoricalDtype):
             grid[name] = pd.Categorical(grid[name], values.cat.categories)
-    return design_space(frame).spec.get_model_matrix(grid).to_numpy(float)
+    return np.asarray(design_space(frame).spec.get_model_matrix(grid, output="numpy"), dtype=float)
 
 
 def independent_columns(X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -193,7 +193,7 @@ def _times(rows: pd.DataFrame, column: str, prefix: str, path: Path) -> pd.Serie
         return pd.Series(None, index=rows.index, dtype="Int64")
     try:
         return pd.Series([parsed_time(value, prefix) for value in rows[column]], index=rows.index, dtype="Int64")
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # a list or an object cannot be looked up
         raise TrialFault(f"{path}: {column}: {error}; correct the file") from error
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 
 from relseek_assets import figures, trial_figures
 from relseek_assets.mixed_models import MixedModelError
+from relseek_assets.trial import Trial
 from relseek_assets.trials import estimates
 from relseek_assets.trials.frames import OutcomeFrame
 from relseek_assets.trials.models import Fit
@@ -73,6 +74,11 @@ def robustness(frame: OutcomeFrame, upstream: Tables, *, weights: pd.Series | No
     of_rows = None if weights is None else frame.rows["participant"].map(weights).to_numpy(float)
     specification, thetas = estimates.specification_of(upstream["trial_forms"]), estimates.thetas_of(upstream["trial_fits"])
     return Made(estimates.robustness_table(frame, specification, of_rows, draws, seed, thetas))
+
+
+def forest(trial: Trial, table: pd.DataFrame) -> str:
+    """A family's forest plot as base64 PNG."""
+    return figures.png(trial_figures.forest(table, trial))
 
 
 def _again(frame: OutcomeFrame, upstream: Tables, name: str) -> Fit:

@@ -19,7 +19,7 @@ from relseek_assets.trials.bootstrap import bayesian_bootstrap
 from relseek_assets.trials.contrasts import ReferenceGrid
 from relseek_assets.trials.forms import Specification
 from relseek_assets.trials.formulas import fixed_terms
-from relseek_assets.trials.frames import OutcomeFrame, with_covariates
+from relseek_assets.trials.frames import OutcomeFrame, covariates_table, with_covariates
 from relseek_assets.trials.models import Fit, MixedModelFit
 from relseek_assets.trials.simulation import Effects, simulate
 from relseek_resources.storage import TableSchema
@@ -178,7 +178,7 @@ def people(found: OutcomeFrame, declared: Any) -> OutcomeFrame:
     draw = np.random.default_rng(5)
     table = pd.DataFrame({"participant": names, "age": draw.normal(40, 10, len(names)), "school": draw.choice(["long", "short"], len(names))})
     table.loc[3, "age"] = np.nan
-    return with_covariates(OutcomeFrame(found.study, found.outcome, declared, found.rows, found.factors), table)
+    return with_covariates(OutcomeFrame(found.study, found.outcome, declared, found.rows, found.factors), covariates_table(table))
 
 
 @cache

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from relseek_assets.trials.frames import with_covariates
+from relseek_assets.trials.frames import covariates_table, with_covariates
 from relseek_assets.trials.simulation import Effects, simulate
 from tests.trials.declared import DOSES, FACTORS, OUTCOMES, TABLES, frame_of, trial
 
@@ -120,7 +120,7 @@ def test_covariates_keep_the_rows_and_the_order_of_their_levels() -> None:
     )
     people["school"] = np.where(people["age"] > 20, "long", "short")
     people.loc[5, "age"] = np.nan
-    found = with_covariates(frame, people)
+    found = with_covariates(frame, covariates_table(people))
     assert found.covariates == ("age", "school"), "what does not vary is left out"
     pd.testing.assert_frame_equal(found.rows[frame.rows.columns], frame.rows)
     assert list(found.rows["school"].cat.categories) == ["short", "long"]
