@@ -146,6 +146,27 @@ def read_rubric(path: Path) -> Rubric:
     return Rubric(content["name"], content["scale_min"], content["scale_max"], content["question"], content["instructions"], tuple(bands))
 
 
+def rubric_files(folder: Path) -> dict[str, Path]:
+    """Rubrics of a behaviour by the name of their source, `rating_rubric` first: the two that each behaviour has and any `*_rubric.toml` beside."""
+    names = ["rating_rubric", "coherence_rubric"]
+    names += sorted(path.stem for path in folder.glob("*_rubric.toml") if path.stem not in names)
+    return {name: folder / f"{name}.toml" for name in names}
+
+
+def read_rubrics(folder: Path) -> dict[str, Rubric]:
+    """Every rubric of a behaviour by the name of its source.
+
+    Raises:
+        BehaviourError: a rubric that cannot be read, or two of one name.
+    """
+    found = {name: read_rubric(path) for name, path in rubric_files(folder).items()}
+    names = [rubric.name for rubric in found.values()]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise BehaviourError(f"{folder}: the rubrics {repeated} are there more than once; give each `*_rubric.toml` a name of its own")
+    return found
+
+
 def read_graded_replies(path: Path) -> list[GradedReply]:
     """Read the graded examples: for each prompt several replies with their scores.
 

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from relseek_assets.commands import Group as _Group
 from relseek_assets.commands import explained as _explained
 from relseek_assets.commands import workspace_of as _workspace
+from relseek_assets.judging.commands import batches
 from relseek_assets.persona_set import read_persona_set
 from relseek_assets.steer import steer
 from relseek_assets.study import Study, load_study, study_names
@@ -87,11 +88,12 @@ def run(study: str, select: tuple[str, ...], dry_run: bool) -> None:
     changed = workspace.observe()
     if changed:
         click.echo(f"new versions of: {', '.join(changed)}")
-    for line in workspace.unmet(select):
+    for line in (*workspace.look(), *workspace.unmet(select)):
         click.echo(line)
     tasks = workspace.plan(select)
     if not tasks:
-        click.echo(f"{workspace.study.name}: everything is fresh, nothing to compute")
+        waiting = _say_waiting(workspace, select)
+        click.echo(f"{workspace.study.name}: {'nothing else to compute' if waiting else 'everything is fresh, nothing to compute'}")
         _say_report(workspace)
         return
     _print_plan(tasks)
@@ -99,7 +101,23 @@ def run(study: str, select: tuple[str, ...], dry_run: bool) -> None:
         return
     computed = workspace.run(select, click.echo)
     click.echo(f"{workspace.study.name}: {computed} partition{'' if computed == 1 else 's'} computed")
+    _say_waiting(workspace, select)
     _say_report(workspace)
+
+
+def _say_waiting(workspace: Workspace, select: Sequence[str]) -> bool:
+    """Say what is in flight, what it will cost, and what is left out because of it."""
+    if not workspace.study.judges:
+        return False
+    states = workspace.states([workspace.asset(name).name for name in select] or None)
+    waiting = {node: state.reason for node, state in states.items() if state.status == "waiting"}
+    if waiting:
+        for line in workspace.in_flight():
+            click.echo(line)
+        name = workspace.study.name
+        click.echo(f"{len(waiting)} partitions of {len({asset for asset, _ in waiting})} assets wait for them. The sensor `judge_batches` collects")
+        click.echo(f"answers while `relseek ui` is open, and `relseek run {name}` does; `relseek batches {name}` looks at them")
+    return bool(waiting)
 
 
 def _reports(workspace: Workspace) -> list[str]:
@@ -119,11 +137,21 @@ def _print_plan(tasks: list[Task]) -> None:
         rows = f"{task.rows:9.0f}" if task.rows else f"{'?':>9}"
         size = f"{task.bytes / 1e6:7.1f}" if task.bytes else f"{'?':>7}"
         seconds = f"{'' if task.measured else '~'}{task.seconds:.1f}"
-        click.echo(f"{task.asset.name:24} {len(task.partitions):10d} {rows} {seconds:>9} {size} {0.0:6.2f}  {why}")
-    total = sum(task.seconds for task in tasks)
+        click.echo(f"{task.asset.name:24} {len(task.partitions):10d} {rows} {seconds:>9} {size} {_usd(task.bill.usd):>6}  {why}")
+    total, dollars = sum(task.seconds for task in tasks), sum(task.bill.usd or 0.0 for task in tasks)
+    unknown = " and what is not known before the requests are made" if any(task.bill.usd is None for task in tasks) else ""
     click.echo(
-        f"about {total / 60:.1f} minutes, 0.00 USD (seconds from earlier runs here; ~ marks a stated estimate for two cores; ? is not known yet)"
+        f"about {total / 60:.1f} minutes, {_usd(dollars)} USD{unknown} (seconds from earlier runs here; ~ marks a stated estimate for two cores; ? is not "
+        "known yet)"
     )
+    for task in tasks:
+        for line in (*task.bill.lines, *task.bill.refusal.splitlines()):
+            click.echo(f"{task.asset.name}: {line}")
+
+
+def _usd(usd: float | None) -> str:
+    """Dollars and cents; of less than a cent two figures, and ? where it is not known."""
+    return "?" if usd is None else f"{usd:.2f}" if usd == 0 or usd >= 0.01 else f"{usd:.2g}"
 
 
 @main.command()
@@ -132,8 +160,9 @@ def _print_plan(tasks: list[Task]) -> None:
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @_explained
 def status(study: str, partitions: bool, form: str) -> None:
-    """Say what is missing, stale, fresh, imported or absent in STUDY, by asset and partition.
+    """Say what is missing, stale, waiting, fresh, imported or absent in STUDY, by asset and partition.
 
+    Waiting is what a judge asked by Batch has not answered yet, and what is made from its answers; `relseek run` and the sensor collect it.
     Absent is what would be made from published files that are not here, or from another study that has not been run; no run asks for it.
     """
     workspace = _workspace(study)
@@ -146,13 +175,13 @@ def status(study: str, partitions: bool, form: str) -> None:
         ]
         click.echo(json.dumps(rows, indent=1))
         return
-    shown = ("missing", "stale", "fresh", "imported", "absent")
-    click.echo(f"{'asset':24} {'missing':>8} {'stale':>8} {'fresh':>8} {'imported':>9} {'absent':>7}  first reason")
+    shown = ("missing", "stale", "waiting", "fresh", "imported", "absent")
+    click.echo(f"{'asset':24} {'missing':>8} {'stale':>8} {'waiting':>8} {'fresh':>8} {'imported':>9} {'absent':>7}  first reason")
     for name in workspace.order():
         mine = {partition: state for (asset, partition), state in states.items() if asset == name}
-        missing, stale, fresh, imported, absent = (sum(state.status == status for state in mine.values()) for status in shown)
+        missing, stale, waiting, fresh, imported, absent = (sum(state.status == status for state in mine.values()) for status in shown)
         reason = next((state.reason for state in mine.values() if state.reason), "")
-        click.echo(f"{name:24} {missing:8d} {stale:8d} {fresh:8d} {imported:9d} {absent:7d}  {reason}")
+        click.echo(f"{name:24} {missing:8d} {stale:8d} {waiting:8d} {fresh:8d} {imported:9d} {absent:7d}  {reason}")
         if partitions:
             for partition, state in mine.items():
                 click.echo(f"    {partition or 'all':32} {state.status:9} {state.reason}")
@@ -441,6 +470,7 @@ def import_scores(study: str, file: Path, note: str) -> None:
     click.echo(bring(_workspace(study), file, note))
 
 
+main.add_command(batches)
 main.add_command(vectors)
 main.add_command(steer)
 

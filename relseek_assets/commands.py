@@ -13,13 +13,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from relseek_assets.behaviour import BehaviourError
+from relseek_assets.judging.requests import OverBudget
 from relseek_assets.persona_set import PersonaSetError
 from relseek_assets.study import Study, StudyError, load_study
+from relseek_resources.judges.asking import EndpointError
+from relseek_resources.judges.batches import BatchError
+from relseek_resources.judges.prices import PriceError
 from relseek_resources.models.loading import ModelError
 from relseek_resources.storage import StorageError
 
 if TYPE_CHECKING:
     from relseek_assets.planning import Workspace
+
+OWN = (StudyError, BehaviourError, PersonaSetError, StorageError, ModelError)
+ASKING = (EndpointError, BatchError, PriceError, OverBudget)
 
 
 def explained(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,7 +40,7 @@ def explained(function: Callable[..., Any]) -> Callable[..., Any]:
 
         try:
             return function(*arguments, **options)
-        except (StudyError, BehaviourError, PersonaSetError, StorageError, ModelError, PlanError, ExchangeError, TrialFault) as error:
+        except (*OWN, *ASKING, PlanError, ExchangeError, TrialFault) as error:
             raise click.ClickException(str(error)) from error
 
     return wrapped

@@ -13,29 +13,36 @@ from relseek_assets import sources
 from relseek_assets.axes import assets as axes
 from relseek_assets.dataset import assets as dataset
 from relseek_assets.dataset import checks as dataset_checks
+from relseek_assets.judging import agreement_assets as judge_agreement
 from relseek_assets.judging import assets as judging
 from relseek_assets.judging import checks as judging_checks
+from relseek_assets.judging import published_assets as published_judging
+from relseek_assets.judging import sensors as judging_sensors
+from relseek_assets.prompting import assets as prompting
 from relseek_assets.reports import assets as reports
 from relseek_assets.selection import assets as selection
 from relseek_assets.selection import checks as selection_checks
 from relseek_assets.stage import Stage, StageAsset, Store
 from relseek_assets.study import Study, load_study, study_names
 from relseek_assets.sweeps import assets as sweeps
+from relseek_assets.sweeps import published_assets as published_sweeps
 from relseek_assets.trials import assets as trials
 from relseek_assets.trials import checks as trials_checks
 from relseek_assets.vectors import assets as vectors
 from relseek_resources.compute import Launcher, ModelLoader
 
-STEERED = (dataset, vectors, sweeps, judging, selection)
+STEERED = (dataset, vectors, sweeps, judging, judge_agreement, selection)
 CONTRASTIVE = (vectors, axes)
+PUBLISHED_SCORES = (published_sweeps, published_judging, judge_agreement, selection)
 STEERED_CHECKS = (dataset_checks, judging_checks, selection_checks)
 
 
 def build_stage(study: Study) -> Stage:
     """The assets of a study, without Dagster's code location around them."""
     stage = Stage(study)
-    published = (vectors,) if study.published.vectors else ()
+    published = (*((vectors,) if study.published.vectors else ()), *(PUBLISHED_SCORES if study.published.scores else ()))
     modules = STEERED if study.steered else CONTRASTIVE if study.contrastive else published
+    modules = (*modules, *((prompting,) if study.prompting is not None else ()))
     for module in (*modules, *((trials,) if study.trial is not None else ()), reports):
         module.build(stage)
     return stage
@@ -45,10 +52,13 @@ def build_definitions(study: Study, **overrides: Any) -> dg.Definitions:
     """One code location from one study; `overrides` replace the resources `store`, `models` and `launcher`."""
     stage = build_stage(study)
     checks = (*(STEERED_CHECKS if study.steered else ()), *((trials_checks,) if study.trial is not None else ()))
+    batches = judging_sensors.build(stage)
     return dg.Definitions(
         assets=[*(asset.definition for asset in stage.catalogue.values()), *sources.assets(study)],
         asset_checks=[check for module in checks for check in module.build(stage)],
-        sensors=[sources.changed_files(study)],
+        sensors=[sources.changed_files(study), *batches.sensors],
+        schedules=batches.schedules,
+        jobs=batches.jobs,
         resources={"store": Store(), "models": ModelLoader(), "launcher": Launcher(), **overrides},
         executor=dg.in_process_executor,
     )

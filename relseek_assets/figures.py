@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 # Okabe and Ito's palette
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MOST_NAMED = 12  # lines or points that a legend has room for
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -81,16 +82,33 @@ def _epoch_ticks(axes: Axes, frame: pd.DataFrame) -> None:
 
 
 def dose_response(frame: pd.DataFrame, rubric: str) -> Figure:
-    """Mean score by dose with its interval, one line a site and epoch."""
+    """Mean score by dose with its interval, one line a site and epoch, and a judge where there are several."""
     figure, (axes,) = blank()
     part = frame[frame["rubric"] == rubric]
-    for label, line, style in _styled(part, ["site", "epoch"]):
+    by = ["site", "epoch", *(["judge"] if part["judge"].nunique() > 1 else [])]
+    for label, line, style in _styled(part, by):
         line = line.sort_values("multiplier")
         axes.plot(line["multiplier"], line["estimate"], label=label, **style)
         axes.fill_between(line["multiplier"], line["lower"], line["upper"], color=style["color"], alpha=0.18, linewidth=0)
     axes.set(xlabel=DOSE, ylabel=f"{rubric} score (1 to 10)", ylim=(0.8, 10.2), title=f"{rubric.replace('_', ' ').capitalize()} by dose")
     axes.legend(fontsize=8)
     axes.text(0.99, 0.02, "bands: 95% bootstrap intervals over prompts", transform=axes.transAxes, ha="right", fontsize=7, alpha=0.7)
+    return figure
+
+
+def judge_scores(frame: pd.DataFrame) -> Figure:
+    """Share of replies at each score, rounded, one panel a rubric and one line a judge; n counts scored replies."""
+    rubrics = list(dict.fromkeys(frame["rubric"]))
+    figure, panels = blank(len(rubrics), 4.2, 3.2)
+    for axes, rubric in zip(panels, rubrics, strict=True):
+        for name, part, style in _styled(frame[frame["rubric"] == rubric], ["judge"]):
+            scores = part["score"].dropna().astype(float).round()
+            shares = scores.value_counts(normalize=True).reindex(range(1, 11), fill_value=0.0)
+            half = 1.96 * (shares * (1 - shares) / max(1, len(scores))) ** 0.5
+            axes.errorbar(shares.index, shares, yerr=half, capsize=2, label=f"{name} (n = {len(scores)})", **style)
+        axes.set(xlabel=f"{rubric} score", ylabel="share of replies ± 95%", xlim=(0.5, 10.5), ylim=(-0.03, 1.05), title=rubric.capitalize())
+        axes.set_xticks(range(1, 11))
+        axes.legend(fontsize=7)
     return figure
 
 
@@ -204,10 +222,24 @@ def sweep_curves(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+def metric_dose_response(frame: pd.DataFrame) -> Figure:
+    """Perplexity and propensity by dose with their intervals, one line a site and epoch."""
+    figure, panels = blank(2, 4.2, 3.2)
+    for axes, quantity, label in zip(panels, ("log10_perplexity", "propensity"), ("log10 perplexity", "propensity (nats a token)"), strict=True):
+        for name, line, style in _styled(frame[frame["quantity"] == quantity], ["site", "epoch"]):
+            line = line.sort_values("multiplier")
+            axes.plot(line["multiplier"], line["estimate"], label=name, **style)
+            axes.fill_between(line["multiplier"], line["lower"], line["upper"], color=style["color"], alpha=0.18, linewidth=0)
+        axes.set(xlabel=DOSE, ylabel=label, title=f"{quantity.replace('_', ' ').capitalize()} of published replies")
+    panels[0].legend(fontsize=7)
+    return figure
+
+
 def pareto(frame: pd.DataFrame) -> Figure:
     """Candidates by coherence and steerability; the Pareto set filled, the chosen one ringed."""
     figure, (axes,) = blank()
     slope = "pairwise_slope" if frame["pairwise_slope"].notna().any() else "rating_slope"
+    few = len(frame) <= MOST_NAMED  # of many candidates the legend names those that matter
     for number, row in enumerate(frame.itertuples()):
         x, y = row.coherence_auc, getattr(row, slope)
         colour = COLOURS[number % len(COLOURS)]
@@ -222,7 +254,7 @@ def pareto(frame: pd.DataFrame) -> Figure:
             markersize=8,
             capsize=2,
             linestyle="none",
-            label=f"{row.site} epoch {row.epoch}" + (" (selected)" if row.selected else ""),
+            label=f"{row.site} epoch {row.epoch}" + (" (selected)" if row.selected else "") if row.pareto or row.selected or few else None,
         )
         if row.selected:
             axes.plot(x, y, marker="o", markersize=16, markerfacecolor="none", markeredgecolor=colour)
@@ -235,9 +267,10 @@ def pareto(frame: pd.DataFrame) -> Figure:
 def weight_sensitivity(frame: pd.DataFrame) -> Figure:
     """Share of bootstrap draws in which each candidate wins, by the weight on coherence."""
     figure, (axes,) = blank()
+    few = len(frame.groupby(["site", "epoch"])) <= MOST_NAMED
     for label, line, style in _styled(frame, ["site", "epoch"]):
         line = line.sort_values("weight")
-        axes.plot(line["weight"], line["share"], label=label, **style)
+        axes.plot(line["weight"], line["share"], label=label if few or line["share"].any() else None, **style)
     axes.set(xlabel="weight on coherence", ylabel="share of bootstrap draws won", ylim=(-0.02, 1.02), title="Selection by weight")
     axes.legend(fontsize=7)
     return figure

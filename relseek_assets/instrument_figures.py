@@ -349,7 +349,7 @@ def frontier_trend(table: pd.DataFrame, trial: Trial) -> dict[str, str]:
     models = table[(table["part"] == "model means") & table["estimate"].notna()]
     if len(models):
         trend = table[(table["part"] == "trend") & (table["grouping"] == "mixed") & table["estimate"].notna()]
-        found["trend"] = _trend(models, trend, vector, trial)
+        found["trend"] = png(_trend(models, trend, vector, trial))
     return found
 
 

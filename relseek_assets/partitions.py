@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import dagster as dg
 
-from relseek_assets.study import DerivedSite, Study, StudyError, layer_of
+from relseek_assets.study import DerivedSite, Prompting, Study, StudyError, layer_of
 from relseek_assets.trial import Trial
 from relseek_resources.axes_release import EXTRACTIONS, MODELS
 
@@ -108,11 +108,17 @@ class Partitions:
 
         if study.trial is not None:
             self._of_trial(study.trial)
+        if study.prompting is not None:
+            self._of_prompting(study.prompting)
 
     def _of_trial(self, trial: Trial) -> None:
         self.table = dg.StaticPartitionsDefinition(list(trial.tables))
         self.outcome = dg.StaticPartitionsDefinition(list(trial.keys))
         self.family = dg.StaticPartitionsDefinition(list(trial.families) or ["none"])
+
+    def _of_prompting(self, prompting: Prompting) -> None:
+        self.author = dg.StaticPartitionsDefinition([author.name for author in prompting.authors])
+        self.attacked = dg.StaticPartitionsDefinition(list(self._study.attacked_conversations))
 
     def _multi(self, sites: dg.StaticPartitionsDefinition, steps: list[str]) -> dg.MultiPartitionsDefinition:
         return dg.MultiPartitionsDefinition({"site": sites, "step": dg.StaticPartitionsDefinition(steps)})
@@ -128,6 +134,10 @@ class Partitions:
         if not self._study.derived:
             return self._steps(dg.StaticPartitionMapping(self.step_to_doses))
         return self._sites_and_steps({site: {site} for site in self._study.sites}, self.step_to_doses)
+
+    def of_my_swept_epoch(self) -> dg.PartitionMapping:
+        """At a dose: my site and epoch, where sites are trained or derived."""
+        return self._steps(dg.StaticPartitionMapping(self.step_to_doses))
 
     def of_my_derived_vector(self) -> dg.PartitionMapping:
         """At a dose: the vector of my site and epoch, where my site is a derived one."""
@@ -179,6 +189,12 @@ class Partitions:
     def of_tables(self, *names: str) -> dg.PartitionMapping:
         """In an asset without partitions: these raw tables."""
         return dg.SpecificPartitionsPartitionMapping(list(names))
+
+    def of_my_author(self) -> dg.PartitionMapping:
+        """At attacked conversations: their author, where it is one that the study declares."""
+        attacked = self._study.attacked_conversations
+        authors = self._study.prompting.authors if self._study.prompting is not None else ()
+        return dg.StaticPartitionMapping({author.name: {key for key in attacked if key.partition("@")[0] == author.name} for author in authors})
 
     @property
     def _trial(self) -> Trial:

@@ -10,7 +10,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,16 +20,19 @@ import dagster as dg
 from dagster._core.storage.tags import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
 
 from relseek_assets import sources
+from relseek_assets.bill import Bill
 from relseek_assets.definitions import build_definitions, build_stage
 from relseek_assets.event_log import kept_open
+from relseek_assets.judging import in_flight
 from relseek_assets.lineage import Lineage, State
-from relseek_assets.partitions import step_order
+from relseek_assets.partitions import Cell, cell_of, step_order
 from relseek_assets.stage import StageAsset, Store, multi, partition_order
 from relseek_assets.study import Study
 
 Node = tuple[str, str | None]
+ASKING = ("EndpointError", "BatchError", "OverBudget", "PriceError", "AuthorError")
 # errors that say what to do; what they were raised from does not
-EXPLAINED = ("StorageError", "VectorFileError", "GeometryError", "BehaviourError", "PersonaSetError", "ModelError", "TrialFault")
+EXPLAINED = ("StorageError", "VectorFileError", "GeometryError", "BehaviourError", "PersonaSetError", "ModelError", "TrialFault", *ASKING)
 PROCESS_TAG = "relseek/process"  # host:pid of the `relseek run` that a run lives in
 
 
@@ -48,6 +51,7 @@ class Task:
     bytes: float = 0.0
     rows: float = 0.0
     measured: bool = False
+    bill: Bill = field(default_factory=lambda: Bill(0.0))
 
     def add(self, partition: str | None, reason: str) -> None:
         self.partitions.append(partition)
@@ -70,6 +74,8 @@ class Workspace:
         return self.stage.graph
 
     def lineage(self) -> Lineage:
+        """Versions and waits as they are now."""
+        self._awaited: dict[str, Mapping[str | None, str]] = {}
         return Lineage(self.instance, self.graph)
 
     def asset(self, name: str) -> StageAsset:
@@ -108,8 +114,22 @@ class Workspace:
         name, partition = node
         found = lineage.state(self.stage.key(name), partition)
         if found.status != "missing" and not self.path(name, partition).is_file():
-            return State("missing", "its file is gone from the store")
-        return found
+            found = State("missing", "its file is gone from the store")
+        awaited = self.awaited(name).get(None if partition is None else str(partition)) if found.status in ("missing", "stale") else None
+        return State("waiting", awaited, found.version) if awaited else found
+
+    def awaited(self, name: str) -> Mapping[str | None, str]:
+        """Which partitions of an asset somebody outside is at work on, as far as is known here, and what they wait for."""
+        waits = self.catalogue[name].waits
+        if waits is None:
+            return {}
+        if name not in self._awaited:
+            self._awaited[name] = waits(self.store.folder(self.study.name))
+        return self._awaited[name]
+
+    def look(self) -> list[str]:
+        """Ask providers what became of the study's batches in flight; what went wrong, in words."""
+        return in_flight.look(self.study, self.store.folder(self.study.name)) if self.study.judges else []
 
     def path(self, name: str, partition: str | None) -> Path:
         return self.store.path(self.stage.key(name), partition, self.catalogue[name].form)
@@ -117,8 +137,9 @@ class Workspace:
     def states(self, names: Sequence[str] | None = None) -> dict[Node, State]:
         """The state of every partition of the named assets and of all upstream of them.
 
-        A partition that is fresh by itself but reads one that is missing or stale is stale because of it. Upstream of an
-        imported partition nothing is asked for. A partition is absent, and never planned, where what it is made from is not here: a
+        A partition that is fresh by itself but reads one that is missing or stale is stale because of it. One that somebody outside is at work
+        on, such as a provider of batches, is waiting, and so is what reads it; neither is ever planned. Upstream of an imported partition nothing
+        is asked for. A partition is absent, and never planned, where what it is made from is not here: a
         published file, another study's asset, or all that it reads of one of the study's own assets.
         """
         lineage = self.lineage()
@@ -133,12 +154,19 @@ class Workspace:
             if lacking:
                 return State("absent", lacking)
             read: dict[str, list[State]] = {}
-            for key, partition in inputs:
-                if self._mine([key]) and self.stage.partitions.exists(partition):
-                    read.setdefault(key.path[-1], []).append(visit((key.path[-1], multi(partition))))
+            mine = [(key.path[-1], partition) for key, partition in inputs if self._mine([key])]
+            for name, partition in mine:
+                if self.stage.partitions.exists(partition):
+                    read.setdefault(name, []).append(visit((name, multi(partition))))
+            for name, _ in mine:  # of an epoch that this model is not evaluated at there is no dose
+                if name not in read and name not in self.catalogue[node[0]].optional:
+                    return State("absent", f"no {name} of it are asked for")
             for name, states in read.items() if state.status == "missing" else ():
                 if name not in self.catalogue[node[0]].optional and {found.status for found in states} == {"absent"}:
                     return State("absent", states[0].reason)
+            held = [found for states in read.values() for found in states if found.status == "waiting"]
+            if held and state.status in ("missing", "stale", "fresh"):
+                return State("waiting", held[0].reason, state.version)
             waiting = [name for name, states in read.items() if {"missing", "stale"} & {found.status for found in states}]
             if state.status == "fresh" and waiting:
                 return State("stale", f"waits for {waiting[0]}", state.version)
@@ -176,6 +204,10 @@ class Workspace:
                 lines += [f"{name}: {_count(len(reasons), 'partition')} left out: {reasons[0]}"] if reasons else []
         return lines
 
+    def in_flight(self) -> list[str]:
+        """What the study's judges have in flight, a line a group: how far, since when, and what it will cost."""
+        return [group.text() for group in in_flight.asked(self.study, self.store.folder(self.study.name)) if group.open]
+
     # --- plan ---------------------------------------------------------------------------------------------------------
 
     def plan(self, select: Sequence[str] = ()) -> list[Task]:
@@ -208,6 +240,8 @@ class Workspace:
         for name in ("bytes", "rows"):
             if figures[name]:
                 setattr(task, name, count * sum(figures[name]) / len(figures[name]))
+        if task.asset.bill:
+            task.bill = task.asset.bill(self.store.folder(self.study.name), task.partitions)
 
     # --- execution ----------------------------------------------------------------------------------------------------
 
@@ -240,20 +274,87 @@ class Workspace:
         self.end_dead_runs()
         planned = self.plan(select)
         done = 0
+        held: dict[Node, str] = {}  # partitions that wait since this run began, and for what
         for number, task in enumerate(planned, 1):
             name = task.asset.name
-            lineage = self.lineage()
-            wanted = [partition for partition in task.partitions if self.state(lineage, (name, partition)).status in ("missing", "stale")]
+            wanted, left_out = self._wanted(name, task.partitions, held)
+            if left_out:
+                say(f"[{number}/{len(planned)}] {name}: {_count(len(left_out), 'partition')} left out: {left_out[0]}")
             if not wanted:
-                say(f"[{number}/{len(planned)}] {name}: unchanged after all")
+                if not left_out:
+                    say(f"[{number}/{len(planned)}] {name}: unchanged after all")
                 continue
+            if task.asset.bill and (refusal := task.asset.bill(self.store.folder(self.study.name), wanted).refusal):
+                raise PlanError(f"{name}: {refusal}")
             say(f"[{number}/{len(planned)}] {name}: {_count(len(wanted), 'partition')} ...")
             start = time.monotonic()
             for box in self._boxes(name, wanted):
                 self._execute(name, box)
             say(f"[{number}/{len(planned)}] {name}: done in {time.monotonic() - start:.1f} s")
             done += len(wanted)
+            if task.asset.waits:  # what came back may have been asked again
+                undone, left_out = self._wanted(name, wanted, held)
+                done -= len(undone) + len(left_out)
+                if left_out:
+                    say(f"[{number}/{len(planned)}] {name}: {_count(len(left_out), 'partition')} left out: {left_out[0]}")
         return done
+
+    def follow(self, target: str, say: Callable[[str], None] = lambda line: None) -> int:
+        """Compute what is missing or stale of the answers about one site and epoch (a partition key) and of all that follows from them.
+
+        What lacks anything else is left out: a selection among epochs of which some wait, a step whose other inputs are stale. Takes no lock, so that
+        it may go on beside a `relseek run`: both write the same files.
+
+        Raises:
+            PlanError: a step failed; what was finished before it is kept.
+        """
+        followers, cell = self.stage.followers(), cell_of(target)
+        states = self.states(followers)
+        settled = {node for node, state in states.items() if state.status in ("fresh", "imported", "absent")}
+        computed = 0
+        for name in followers:
+            unsettled = [partition for partition in self._of(name, cell) if states[(name, partition)].status in ("missing", "stale")]
+            lineage = self.lineage()
+            ready = [partition for partition in unsettled if self._read(lineage, name, partition) <= settled]
+            wanted, _ = self._wanted(name, ready, {})
+            for box in self._boxes(name, wanted) if wanted else ():
+                self._execute(name, box)
+            undone, left_out = self._wanted(name, wanted, {})
+            if ready:
+                settled |= {(name, partition) for partition in ready} - {(name, partition) for partition in undone} if not left_out else set()
+                computed += len(wanted) - len(undone) - len(left_out)
+                say(f"{name}: {_count(len(wanted), 'partition')} computed{f', left out: {left_out[0]}' if left_out else ''}")
+        return computed
+
+    def _of(self, name: str, target: Cell) -> list[str | None]:
+        """The partitions of an asset that follow from one site and epoch; none of assets that have other partitions than sites."""
+        mine = (None, self.stage.partitions.site_by_dose, self.stage.partitions.site_by_evaluated_epoch, self.stage.partitions.swept_site)
+        if self.graph.get(self.stage.key(name)).partitions_def not in mine:
+            return []
+        found = [(cell_of(partition), partition) for partition in self.partitions(name)]
+        return [partition for cell, partition in found if cell.site in (None, target.site) and cell.epoch in (None, target.epoch)]
+
+    def _read(self, lineage: Lineage, name: str, partition: str | None) -> set[Node]:
+        """What a partition reads of the study's own assets and cannot do without."""
+        inputs = lineage.parents(self.stage.key(name), partition)
+        mine = [(key.path[-1], multi(upstream)) for key, upstream in inputs if self._mine([key]) and self.stage.partitions.exists(upstream)]
+        return {node for node in mine if node[0] not in self.catalogue[name].optional}
+
+    def _wanted(self, name: str, partitions: Iterable[str | None], held: dict[Node, str]) -> tuple[list[str | None], list[str]]:
+        """Of some partitions of an asset those that are missing or stale, and why others are left out: they wait, or read one that does (`held`)."""
+        lineage = self.lineage()
+        wanted: list[str | None] = []
+        left_out = []
+        for partition in partitions:
+            state = self.state(lineage, (name, partition))
+            inputs = [(key.path[-1], multi(upstream)) for key, upstream in lineage.parents(self.stage.key(name), partition)] if held else []
+            reason = state.reason if state.status == "waiting" else next((held[node] for node in inputs if node in held), "")
+            if reason and state.status != "imported":
+                held[(name, partition)] = reason
+                left_out.append(reason)
+            elif state.status in ("missing", "stale"):
+                wanted.append(partition)
+        return wanted, left_out
 
     def _boxes(self, name: str, wanted: Sequence[str | None]) -> Iterator[list[str | None]]:
         """`wanted` as ranges that Dagster can run: neighbouring sites that want the same neighbouring steps."""

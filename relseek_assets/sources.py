@@ -7,21 +7,24 @@ command line looks before it plans.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from relseek_assets.behaviour import FILES
+from relseek_assets.behaviour import FILES, rubric_files
 from relseek_assets.lineage import latest_by_partition, observation, version_of
 from relseek_assets.partitions import Partitions, multi_key, step_key
+from relseek_assets.persona_attacks import FILE as PERSONA_ATTACKS
 from relseek_assets.persona_set import FILES as PERSONA_FILES
-from relseek_assets.study import Study, layer_of
+from relseek_assets.study import Prompting, Study, layer_of
 from relseek_assets.trial import Trial
 from relseek_resources.axes_release import FILES as AXES_FILES
 from relseek_resources.axes_release import AxesRelease
 from relseek_resources.models.loading import fingerprint
-from relseek_resources.release import PROMPTED, RESCORED, TEST_PAIRS, Release, training_metrics_file
+from relseek_resources.prompting_release import STEERED, PublishedAuthor
+from relseek_resources.release import PROMPTED, RESCORED, TEST_PAIRS, Release, reply_doses, training_metrics_file
 from relseek_resources.storage import StorageError, content_version, file_sha256
 
 GROUP = "sources"
@@ -50,6 +53,13 @@ DESCRIPTIONS = {
     "published_axes": "Directions, evaluations and judged replies of llm-personality-axes, where RELSEEK_RELEASE_AXES has them.",
     "published_vectors": "Vectors of the published study, one partition a site and epoch, where RELSEEK_RELEASE has them.",
     "published_evaluations": "Held-out evaluations of the published training, one partition a site, where RELSEEK_RELEASE has them.",
+    "published_ratings": "The published judges' ratings of a vector's replies at every dose, where RELSEEK_RELEASE has them.",
+    "published_comparisons": "The published judge's pairwise comparisons of a vector's replies, where RELSEEK_RELEASE has them.",
+    "persona_attacks": "Ordinary conversations by theme, and messages that push for more or less of the behaviour.",
+    "author_declarations": "What the study file declares of each author of prompts.",
+    "published_prompting": "Replies, scores and comparisons of the published prompting experiments, one partition an author, where RELSEEK_RELEASE "
+    "has them.",
+    "published_replies": "The published replies of a vector with perplexity and propensity, where RELSEEK_RELEASE has them.",
 }
 # Sources with partitions, and the partitions definition of the study that they share.
 PARTITIONED = {
@@ -57,9 +67,21 @@ PARTITIONED = {
     "trial_declarations": "outcome",
     "published_vectors": "site_by_epoch",
     "published_evaluations": "site",
+    "published_ratings": "site_by_evaluated_epoch",
+    "published_comparisons": "site_by_evaluated_epoch",
+    "published_replies": "site_by_dose",
+    "author_declarations": "author",
+    "published_prompting": "attacked",
 }
 # Their absent partitions are no empty tables: what would be made of them does not exist, and they are not worth an event each.
-OPTIONAL = ("published_vectors", "published_evaluations")
+OPTIONAL = (
+    "published_vectors",
+    "published_evaluations",
+    "published_ratings",
+    "published_comparisons",
+    "published_replies",
+    "published_prompting",
+)
 
 
 Seen = dict[str | None, tuple[str, dict[str, Any]]]  # partition, or None for the whole -> (version, metadata)
@@ -71,12 +93,24 @@ def _readers(study: Study) -> dict[str, Look]:
     found: dict[str, Look] = {}
     if study.steered:
         found |= {name: _file(study.behaviour_folder / file) for name, file in FILES.items()}
+        if study.judges:
+            found |= {name: _file(path) for name, path in rubric_files(study.behaviour_folder).items()}
         found |= {"base_models": _models(study), "published_judgements": _published}
     if study.contrastive:
         found |= {name: _file(study.persona_folder / file) for name, file in PERSONA_FILES.items()}
         found |= {"base_models": _models(study), "published_axes": _published_axes}
     if study.published.vectors:
         found |= {"published_vectors": _published_vectors(study), "published_evaluations": _published_evaluations(study)}
+    if study.published.scores:
+        found |= {
+            "published_ratings": _published_ratings(study),
+            "published_comparisons": _published_comparisons(study),
+            "published_replies": _published_replies(study),
+        }
+    if study.prompting is not None and study.prompting.published:
+        found["published_prompting"] = _published_prompting(study, study.prompting)
+    elif study.prompting is not None:
+        found |= {"persona_attacks": _file(study.behaviour_folder / PERSONA_ATTACKS), "author_declarations": _author_declarations(study.prompting)}
     if study.trial is not None:
         found["trial_files"] = _trial_files(study, study.trial)
         found["trial_declarations"] = _trial_declarations(study.trial)
@@ -139,6 +173,103 @@ def _published_evaluations(study: Study) -> Look:
     return look
 
 
+def _published_ratings(study: Study) -> Look:
+    """A vector's ratings are those of its sweep and of the replies that were scored again."""
+
+    def look() -> Seen:
+        release = Release.from_environment()
+        found: Seen = {}
+        for site, epoch in _judged(study):
+            vector = study.published_vector(site, epoch)
+            again = release.rescored_file(*vector)
+            found[multi_key(site, step_key(epoch))] = _files([*release.rating_files(*vector).values(), *([again] if again else [])])
+        return found
+
+    return look
+
+
+def _published_comparisons(study: Study) -> Look:
+    def look() -> Seen:
+        release = Release.from_environment()
+        return {
+            multi_key(site, step_key(epoch)): _files(list(release.comparison_files(*study.published_vector(site, epoch)).values()))
+            for site, epoch in _judged(study)
+        }
+
+    return look
+
+
+def _judged(study: Study) -> list[tuple[str, int]]:
+    return [(site, epoch) for site in study.sites for epoch in study.model_of(site).judged]
+
+
+def _published_replies(study: Study) -> Look:
+    """A vector's replies, one partition a dose that its file has; with them goes the file of the prompts that they answer."""
+
+    def look() -> Seen:
+        release = Release.from_environment()
+        found: Seen = {}
+        for site in study.sites:
+            for epoch in study.model_of(site).epochs_evaluated:
+                path = release.reply_file(*study.published_vector(site, epoch))
+                there = [] if path is None or release.root is None else [path, release.root / TEST_PAIRS]
+                doses = _doses(path, *_stamp(path)) if path is not None else frozenset[float]()
+                for dose in study.doses.generated:
+                    found[multi_key(site, step_key(epoch, dose))] = _files(there if not doses or dose in doses else [])
+        return found
+
+    return look
+
+
+def _files(paths: Sequence[Path]) -> tuple[str, dict[str, Any]]:
+    """A version of several files together, ABSENT where there are none."""
+    version = content_version([_hashed(path, *_stamp(path)) if path.is_file() else ABSENT for path in paths]) if paths else ABSENT
+    return version, {"path": ", ".join(map(str, paths))}
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    there = path.stat()
+    return there.st_size, there.st_mtime_ns
+
+
+@lru_cache(maxsize=1024)
+def _hashed(path: Path, _size: int, _changed: int) -> str:
+    """A file's hash, from memory while its size and time are the same: the sensor asks for half a gigabyte of them every half minute."""
+    return file_sha256(path)
+
+
+@lru_cache(maxsize=1024)
+def _doses(path: Path, _size: int, _changed: int) -> frozenset[float]:
+    """The doses of a file of replies; none where it cannot be read, so that its reader says what is wrong with it."""
+    try:
+        return reply_doses(path)
+    except StorageError:
+        return frozenset()
+
+
+def _author_declarations(prompting: Prompting) -> Look:
+    """Each author has a version of its own, so that a further one makes nothing of the others stale. Budgets and the like change no reply."""
+
+    def look() -> Seen:
+        declared = {author.name: author.model_dump(include={"name", "kind", "model", "base_url", "price"}) for author in prompting.authors}
+        return {name: (content_version(found), {"declared": dg.MetadataValue.json(found)}) for name, found in declared.items()}
+
+    return look
+
+
+def _published_prompting(study: Study, prompting: Prompting) -> Look:
+    def look() -> Seen:
+        vector = (study.model_of(prompting.site).short_name, layer_of(prompting.site), prompting.epoch)
+        found: Seen = {}
+        for name in study.attacked_conversations:
+            files = PublishedAuthor(Release.from_environment(), name, len(prompting.doses), vector, name == STEERED).files
+            version = content_version([file_sha256(path) for path in files]) if files else ABSENT
+            found[name] = (version, {"path": ", ".join(map(str, files))})
+        return found
+
+    return look
+
+
 def _trial_files(study: Study, trial: Trial) -> Look:
     """A file's version holds what the study declares of it, so that a wider range or a new column is a new version too."""
     arms = [trial.participant, trial.study.model_dump(), trial.dose.model_dump(), [factor.model_dump() for factor in trial.factors], trial.times]
@@ -180,7 +311,7 @@ def assets(study: Study) -> list[dg.AssetsDefinition | dg.SourceAsset | dg.Asset
         @dg.observable_source_asset(
             key=dg.AssetKey([study.name, name]),
             group_name=GROUP,
-            description=DESCRIPTIONS[name],
+            description=DESCRIPTIONS.get(name, "A further rubric of the behaviour, by which language judges rate."),
             tags={"dagster/kind/file": ""},
             partitions_def=getattr(Partitions(study), partitions) if partitions else None,
         )

@@ -33,7 +33,6 @@ from relseek_resources.storage import StorageError, TableSchema, content_version
 TABLE, VECTORS, PAGE = "parquet", "safetensors", "html"
 STATUS = "status"  # metadata of a partition that holds nothing, and why
 NOTHING: Any = dg.Nothing  # our results pass through files and not through Dagster
-FOLLOWS = "relseek/follows"  # tag of a run that takes up one site and epoch: every asset of it computes its own partitions of that
 
 Waits = Callable[[Path], Mapping[str | None, str]]  # from the study's folder: partition -> what it waits for
 Bills = Callable[[Path, Sequence[str | None]], Bill]  # from the study's folder and partitions
@@ -347,7 +346,10 @@ class Stage:
             def definition(context: dg.AssetExecutionContext) -> Iterator[Any]:
                 lineage = Lineage(context.instance, self.graph)
                 store = context.resources.store
-                wanted = [key for key in map(multi, self._asked_for(context, partitions)) if self.partitions.exists(key)]
+                keys: list[str | None] = (
+                    sorted(context.partition_keys, key=partition_order) if context.has_partition_key or context.has_partition_key_range else [None]
+                )
+                wanted = [key for key in map(multi, keys) if self.partitions.exists(key)]
                 if any(asset.waits for asset in self.catalogue.values()):
                     wanted = self._ready(wanted, found, lineage, store.folder(self.study.name), context.log)
                 if wanted:
@@ -362,19 +364,6 @@ class Stage:
             return found
 
         return declare
-
-    def _asked_for(self, context: dg.AssetExecutionContext, partitions: dg.PartitionsDefinition | None) -> list[str | None]:
-        """The partitions that a run wants of an asset: those of its key or range, or those of the site and epoch that it follows."""
-        followed = context.run.tags.get(FOLLOWS)
-        if followed is not None and partitions is not None:
-            target = cell_of(followed)
-            if partitions not in (self.partitions.site_by_dose, self.partitions.site_by_evaluated_epoch, self.partitions.swept_site):
-                return []  # of something else than vectors: what follows there is computed by `relseek run`
-            cells = [(cell_of(key), key) for key in partitions.get_partition_keys()]
-            return sorted((key for cell, key in cells if cell.site == target.site and cell.epoch in (None, target.epoch)), key=partition_order)
-        if context.has_partition_key or context.has_partition_key_range:
-            return sorted(context.partition_keys, key=partition_order)
-        return [None]
 
     def _ready(self, wanted: Sequence[str | None], asset: StageAsset, lineage: Lineage, folder: Path, log: Any) -> list[str | None]:
         """Those of the wanted partitions whose inputs are there; the others wait for somebody outside, and a line says for whom."""

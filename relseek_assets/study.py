@@ -8,19 +8,26 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from relseek_assets.behaviour import BehaviourError, read_rubrics
+from relseek_assets.persona_attacks import FILE as PERSONA_ATTACKS
+from relseek_assets.persona_attacks import read_persona_attacks
 from relseek_assets.persona_set import PersonaSet, PersonaSetError, persona_folder, read_persona_set
 from relseek_assets.trial import Trial
+from relseek_resources.judges.prices import PriceError, price_of
 from relseek_resources.models.loading import DTYPES, ModelError, describe
+from relseek_resources.release import RATING_JUDGE
 from relseek_resources.storage import StorageError
 
 STUDIES = Path(__file__).parent / "studies"
 BEHAVIOURS = Path(__file__).parent / "behaviours"
 KEY = re.compile(r"[A-Za-z0-9_-]+")
+EMBEDDED = "embedded"  # the judge that every steered study has
 MOST_PARTITIONS_OF_A_FAN_IN = 99  # beyond it Dagster reports a fan-in as fresh without looking
 STEERED = (
     "behaviours",
@@ -31,6 +38,8 @@ STEERED = (
     "prompts",
     "sampling",
     "judge",
+    "judges",
+    "prompting",
     "compute",
 )  # what only a study that trains vectors has
 CONTRASTED = ("personas", "contrast", "interventions", "drift")  # what only a study of persona directions has
@@ -56,6 +65,7 @@ class Model(_Settings):
     layers: tuple[Annotated[int, Field(ge=0, le=99)], ...] = Field(default=(), min_length=1)
     epochs_trained: int = Field(default=0, ge=1, le=99)
     epochs_evaluated: tuple[int, ...] = Field(default=(), min_length=1)
+    epochs_judged: tuple[int, ...] = Field(default=(), min_length=1, exclude=True)  # by published judges; all evaluated unless named
     width: int | None = Field(default=None, ge=1, exclude=True)  # of the residual stream, for a model that is not here; it changes no result
 
     @model_validator(mode="after")
@@ -66,6 +76,10 @@ class Model(_Settings):
             raise ValueError(f"dtype {self.dtype!r} is unknown; use one of {', '.join(DTYPES)}")
         _no_repeats("layers", self.layers)
         _no_repeats("epochs_evaluated", self.epochs_evaluated)
+        _no_repeats("epochs_judged", self.epochs_judged)
+        unseen = [epoch for epoch in self.epochs_judged if epoch not in self.epochs_evaluated]
+        if unseen:
+            raise ValueError(f"epochs_judged {unseen} are not among epochs_evaluated; add them there or drop them")
         beyond = [epoch for epoch in self.epochs_evaluated if not 1 <= epoch <= self.epochs_trained]
         if beyond and "epochs_trained" in self.model_fields_set:  # a study that needs them says that they are missing
             raise ValueError(f"epochs_evaluated {beyond} are not among the {self.epochs_trained} epochs trained; raise epochs_trained or drop them")
@@ -85,6 +99,11 @@ class Model(_Settings):
     def short_name(self) -> str:
         """The source without its owner or folder, as the published release spells it: `Llama-3.1-70B-Instruct`."""
         return self.source.rpartition("/")[2]
+
+    @property
+    def judged(self) -> tuple[int, ...]:
+        """Epochs whose replies are judged."""
+        return self.epochs_judged or self.epochs_evaluated
 
     @property
     def known_width(self) -> int | None:
@@ -154,10 +173,132 @@ class SamplingSettings(_Settings):
 
 
 class Judge(_Settings):
-    """Who rates. `embedded` is an embedding regression fitted on the behaviour's own pairs; it is no language model."""
+    """Whose scores select: `embedded`, an embedding regression fitted on the behaviour's own pairs that is no language model, or one of `[[judges]]`.
 
-    name: Literal["embedded"] = "embedded"
+    `reference` names the judge whose scores are taken for the truth where it has any, such as people whose ratings were imported.
+    """
+
+    name: str = EMBEDDED
     bootstrap: int = Field(default=1000, ge=100)
+    reference: str = ""
+
+
+class Price(_Settings):
+    """What an endpoint charges, in USD for a million tokens; for models that the price table does not list."""
+
+    prompt: float = Field(ge=0)
+    completion: float = Field(ge=0)
+
+
+class LanguageJudge(_Settings):
+    """A language model that rates and compares beside the embedded judge, behind an OpenAI-compatible endpoint.
+
+    `openai` asks at once, `openai_batch` by Batch. An empty `base_url` is OPENAI_BASE_URL or OpenAI's own; the key is read from the environment
+    variable `key_variable`. No `rubrics` are all of the behaviour's. Nothing is sent while what it was paid, what is in flight and the estimate
+    of what would be sent are together above `budget_usd`.
+    """
+
+    name: str
+    kind: Literal["openai", "openai_batch"]
+    model: str
+    base_url: str = ""
+    key_variable: str = "OPENAI_API_KEY"
+    rubrics: tuple[str, ...] = ()
+    pairwise: bool = True
+    examples: int = Field(default=2, ge=0)
+    max_tokens: int = Field(default=16, ge=1)
+    attempts: int = Field(default=3, ge=1)
+    concurrency: int = Field(default=16, ge=1)
+    window: str = "24h"
+    price: Price | None = None
+    budget_usd: float = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _checked(self) -> LanguageJudge:
+        if not KEY.fullmatch(self.name) or self.name == EMBEDDED:
+            raise ValueError(f"the name {self.name!r} becomes part of file names, and `embedded` is taken; use letters, digits, '_' and '-'")
+        _no_repeats("rubrics", self.rubrics)
+        unread = {"openai": "window", "openai_batch": "concurrency"}[self.kind]
+        if unread in self.model_fields_set:
+            raise ValueError(f"{unread} is not read by a judge of the kind {self.kind!r}; remove it")
+        return self
+
+
+class Author(_Settings):
+    """Who answers when a level of the behaviour is asked for in words: the study's own model unsteered (`model`), or one behind an OpenAI-compatible
+    endpoint (`openai`), of which the fields say what they say of a judge. `published` ones have answered already.
+    """
+
+    name: str
+    kind: Literal["model", "openai", "published"]
+    model: str = ""
+    base_url: str = ""
+    key_variable: str = "OPENAI_API_KEY"
+    attempts: int = Field(default=3, ge=1)
+    concurrency: int = Field(default=16, ge=1)
+    price: Price | None = None
+    budget_usd: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _checked(self) -> Author:
+        if not KEY.fullmatch(self.name) or self.name in ("steered", "persona"):
+            raise ValueError(f"the name {self.name!r} becomes part of partition keys; use letters, digits, '_', '-', and not `steered` or `persona`")
+        if self.kind == "openai":
+            for name in ("model", "budget_usd"):
+                if name not in self.model_fields_set:
+                    raise ValueError(f"{name}: missing; an author behind an endpoint needs it")
+            return self
+        unread = sorted(self.model_fields_set - {"name", "kind"})
+        if unread:
+            raise ValueError(f"{unread[0]} is not read by an author of the kind {self.kind!r}; remove it")
+        return self
+
+
+class Prompting(_Settings):
+    """Levels of the behaviour asked for in words against doses of one vector, and persona attacks on both (spec/pipeline.md, section 5).
+
+    Level k corresponds to the k-th of `doses`. `attacked` are the levels that are attacked, the ends and the middle unless named; `themes` those of
+    the behaviour's persona_attacks.toml, all unless named. `judges` are names of [[judges]] that are asked at once, all of them unless named.
+    """
+
+    site: str
+    epoch: int
+    doses: tuple[float, ...]
+    authors: tuple[Author, ...] = Field(min_length=1)
+    examples: int = Field(default=3, ge=0)
+    attacked: tuple[int, ...] = ()
+    themes: tuple[str, ...] = ()
+    judges: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _checked(self) -> Prompting:
+        if len(self.doses) not in (7, 9):
+            raise ValueError(f"doses: {len(self.doses)} doses; levels come in sevens or nines, one a dose")
+        if list(self.doses) != sorted(set(self.doses)):
+            raise ValueError("doses: level 1 is the smallest dose, and every level has one of its own; give them in ascending order")
+        _no_repeats("authors", [author.name for author in self.authors])
+        for name in ("attacked", "themes", "judges"):
+            _no_repeats(name, getattr(self, name))
+        beyond = [level for level in self.attacked if not 1 <= level <= len(self.doses)]
+        if beyond:
+            raise ValueError(f"attacked: {beyond} are no levels; there are levels 1 to {len(self.doses)}")
+        published = [author.kind == "published" for author in self.authors]
+        if any(published) and not all(published):
+            raise ValueError("authors: published ones have no vector of this study to be compared with; declare them in a study of their own")
+        return self
+
+    @property
+    def published(self) -> bool:
+        """Whether everything comes from the published release."""
+        return self.authors[0].kind == "published"
+
+    @property
+    def attacked_levels(self) -> tuple[int, ...]:
+        count = len(self.doses)
+        return tuple(sorted(self.attacked)) or (1, (count + 1) // 2, count)
+
+    def author(self, name: str) -> Author:
+        return next(author for author in self.authors if author.name == name)
 
 
 class Compute(_Settings):
@@ -235,9 +376,13 @@ class Drift(_Settings):
 
 
 class Published(_Settings):
-    """What the published release (RELSEEK_RELEASE) provides instead of its being computed."""
+    """What the published release (RELSEEK_RELEASE) provides instead of its being computed.
+
+    `scores` are the published judges' ratings and comparisons of the published vectors' replies, at the doses and epochs that the study names.
+    """
 
     vectors: bool = False
+    scores: bool = False
 
 
 class Origin(_Settings):
@@ -294,6 +439,8 @@ class Study(_Settings):
     prompts: Prompts = Prompts()
     sampling: SamplingSettings = SamplingSettings()
     judge: Judge = Judge()
+    judges: tuple[LanguageJudge, ...] = ()
+    prompting: Prompting | None = None
     compute: Compute = Compute()
     personas: str = ""
     contrast: Contrast = Contrast()
@@ -325,7 +472,7 @@ class Study(_Settings):
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing; add it")
         for number, model in enumerate(self.models):
-            for name in TRAINED:
+            for name in (*TRAINED, "epochs_judged"):
                 if name in model.model_fields_set:
                     raise ValueError(f"models.{number}.{name}: a contrastive study reads every layer in one pass and trains no epochs; remove it")
         try:
@@ -370,16 +517,24 @@ class Study(_Settings):
             for name in TRAINED:
                 if name not in model.model_fields_set:
                     raise ValueError(f"models.{number}.{name}: missing; add it")
-        if self.published.vectors:
+        if self.published.scores and not self.published.vectors:
+            raise ValueError("published.scores: they are of published vectors; set published.vectors too")
+        for number, model in enumerate(self.models):
+            if model.epochs_judged and not self.published.scores:
+                raise ValueError(f"models.{number}.epochs_judged: read with published.scores alone; a study of one's own judges all it evaluates")
+        if self.published.vectors and not self.published.scores:
             return self._complete_published()
         if "doses" not in self.model_fields_set:
             raise ValueError("doses: missing; add it")
         if len(self.doses.generated) < 2:
             raise ValueError("doses.generated: a study needs at least two doses; add them")
-        return self
+        return self._complete_published() if self.published.vectors else self
 
     def _complete_published(self) -> Study:
-        given = [name for name in STEERED if name not in ("behaviours", "models") and name in self.model_fields_set]
+        if self.prompting is not None and not self.prompting.published:
+            raise ValueError("prompting.authors: nothing is generated where vectors are published; make every author of the kind 'published'")
+        read = ("behaviours", "models", "prompting", *(("doses", "judge") if self.published.scores else ()))
+        given = [name for name in STEERED if name not in read and name in self.model_fields_set]
         if given:
             raise ValueError(f"{given[0]}: a study whose vectors are published trains and sweeps nothing; remove it, or drop published.vectors")
         for number, model in enumerate(self.models):
@@ -404,7 +559,87 @@ class Study(_Settings):
         if len(self.doses.generated) > MOST_PARTITIONS_OF_A_FAN_IN:
             raise ValueError(f"doses.generated: {len(self.doses.generated)} doses; a study may have {MOST_PARTITIONS_OF_A_FAN_IN}")
         self._check_derived()
+        self._check_judges()
+        self._check_prompting()
         return self
+
+    def _check_prompting(self) -> None:
+        wanted = self.prompting
+        if wanted is None:
+            return
+        if wanted.site not in (*self.sites, *self.derived_sites):
+            raise ValueError(f"prompting.site: {wanted.site!r} is no site of this study; there is {', '.join((*self.sites, *self.derived_sites))}")
+        derived = self.derived_sites.get(wanted.site)
+        epochs = (derived.epoch,) if derived else self.model_of(wanted.site).epochs_evaluated
+        if wanted.epoch not in epochs:
+            raise ValueError(f"prompting.epoch: {wanted.epoch} is not evaluated at {wanted.site}; there is {', '.join(map(str, epochs))}")
+        if wanted.published:
+            if not self.published.scores:
+                raise ValueError("prompting.authors: published ones are compared with published scores; set published.scores")
+            given = {name for name in ("examples", "attacked", "themes", "judges") if name in wanted.model_fields_set}
+            if given:
+                raise ValueError(f"prompting.{min(given)} is not read where everything is published; remove it")
+            return
+        lacking = [dose for dose in wanted.doses if dose not in self.doses.generated]
+        if lacking:
+            raise ValueError(f"prompting.doses: {lacking} are not generated; add them to doses.generated")
+        try:
+            themes = list(read_persona_attacks(self.behaviour_folder / PERSONA_ATTACKS).themes)
+        except BehaviourError as error:
+            raise ValueError(f"prompting: {error}") from error
+        unknown = [theme for theme in wanted.themes if theme not in themes]
+        if unknown:
+            raise ValueError(f"prompting.themes: {unknown[0]!r} is no theme of {PERSONA_ATTACKS}; there is {', '.join(themes)}")
+        at_once = [judge.name for judge in self.judges if judge.kind == "openai"]
+        unknown = [name for name in wanted.judges if name not in at_once]
+        if unknown:
+            raise ValueError(f"prompting.judges: {unknown[0]!r} is none of [[judges]] of the kind 'openai'; there is {', '.join(at_once) or 'none'}")
+        if len(self.attacked_conversations) > MOST_PARTITIONS_OF_A_FAN_IN:
+            raise ValueError(f"prompting: {len(self.attacked_conversations)} authors by themes; a study may have {MOST_PARTITIONS_OF_A_FAN_IN}")
+
+    @property
+    def attacked_conversations(self) -> tuple[str, ...]:
+        """Author and theme of every set of attacked conversations, `steered@casual`; of published ones the author alone."""
+        assert self.prompting is not None, f"{self.name} declares no prompting experiments"
+        authors = [author.name for author in self.prompting.authors]
+        if self.prompting.published:
+            return ("steered", *authors)
+        themes = self.prompting.themes or tuple(read_persona_attacks(self.behaviour_folder / PERSONA_ATTACKS).themes)
+        return tuple(f"{author}@{theme}" for author in ("steered", "persona", *authors) for theme in themes)
+
+    @property
+    def prompting_judges(self) -> tuple[LanguageJudge, ...]:
+        """The language judges of the prompting experiments, asked at once."""
+        assert self.prompting is not None, f"{self.name} declares no prompting experiments"
+        return tuple(judge for judge in self.judges if judge.kind == "openai" and judge.name in (self.prompting.judges or (judge.name,)))
+
+    def _check_judges(self) -> None:
+        names = [judge.name for judge in self.judges]
+        _no_repeats("judges", names)
+        if self.published.scores:
+            if self.judge.name != RATING_JUDGE:
+                raise ValueError(f"judge.name: {self.judge.name!r} gave no published ratings of coherence; set it to {RATING_JUDGE!r}")
+            return
+        if self.judge.name not in (EMBEDDED, *names):
+            there = f"; there is {', '.join(names)}" if names else " and there are none; add one or take 'embedded'"
+            raise ValueError(f"judge.name: {self.judge.name!r} is neither 'embedded' nor one of [[judges]]{there}")
+        if not self.judges:
+            return
+        try:
+            rubrics = [rubric.name for rubric in read_rubrics(self.behaviour_folder).values()]
+        except (BehaviourError, StorageError) as error:
+            raise ValueError(f"judges: {error}") from error
+        for number, judge in enumerate(self.judges):
+            unknown = [name for name in judge.rubrics if name not in rubrics]
+            if unknown:
+                raise ValueError(f"judges.{number}.rubrics: {self.behaviour} has no rubric {unknown[0]!r}; its rubrics are {', '.join(rubrics)}")
+            lacking = [name for name in rubrics[:2] if judge.rubrics and name not in judge.rubrics]
+            try:
+                price_of(judge.model, judge.price)
+            except PriceError as error:
+                raise ValueError(f"judges.{number}: {error}") from error
+            if judge.name == self.judge.name and lacking:
+                raise ValueError(f"judge.name: selection needs a rating of {lacking[0]}, which {judge.name!r} does not give; add it to its rubrics")
 
     def _check_derived(self) -> None:
         for name in self.uses:
@@ -432,6 +667,24 @@ class Study(_Settings):
     def steered(self) -> bool:
         """Whether the study trains, steers and judges: it is no trial alone, and its vectors are not published ones."""
         return self.kind == "bipo" and not self.published.vectors
+
+    def published_vector(self, site: str, epoch: int) -> tuple[str, int, int]:
+        """A vector as the published release names it: model, layer, epoch."""
+        return self.model_of(site).short_name, layer_of(site), epoch
+
+    def check_doses(self, found: Iterable[float], name: Literal["generated", "paired"], path: Path) -> None:
+        """Refuse a file with doses that the study does not name.
+
+        Raises:
+            StorageError: naming the file, the doses and the setting that lacks them.
+        """
+        unknown = sorted(set(found) - set(getattr(self.doses, name) or self.doses.generated))
+        if unknown:
+            raise StorageError(f"{path}: the doses {unknown} are not among doses.{name} of study {self.name}; add them there")
+
+    def selects_by(self, judge: str) -> bool:
+        """Whether vectors are selected by the rows of a judge: the one that `judge.name` names, or whoever is no language judge of the study."""
+        return judge == self.judge.name if self.judge.name != EMBEDDED else judge not in {found.name for found in self.judges}
 
     @property
     def contrastive(self) -> bool:

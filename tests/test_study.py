@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from relseek_assets.study import STUDIES, StudyError, layer_of, load_study, site_key, study_names
+from relseek_assets.study import BEHAVIOURS, STUDIES, StudyError, layer_of, load_study, site_key, study_names
 
 VALID = """
 name = "trial"
@@ -106,6 +107,8 @@ def test_kirk2025_has_the_published_grid() -> None:
         "Llama-3.1-8B-Instruct": ([5, 11, 13, 14, 15, 17, 23], 20, 4096),
     }
     assert study.published.vectors
+    assert study.published.scores
+    assert [model.judged for model in study.models] == [(10, 15, 20), (20,)]
     assert not study.steered
     assert study.trial is not None
 
@@ -165,7 +168,7 @@ FAULTS = {
     "number as text": ("seed = 5", 'seed = "five"', "seed", "(found 'five'); correct it"),
     "text as list": ("layers = [15, 3]", 'layers = "15"', "models.0.layers", "(found '15'); correct it"),
     "unknown kind": ('kind = "bipo"', 'kind = "dpo"', "kind", "'bipo'"),
-    "unknown judge": ('name = "embedded"', 'name = "oracle"', "judge.name", "'embedded'"),
+    "unknown judge": ('name = "embedded"', 'name = "oracle"', "judge.name", "'oracle' is neither 'embedded' nor one of [[judges]]"),
     "name of other characters": ('name = "trial"', 'name = "tri-al"', "name", "use letters, digits and '_' only"),
     "model name with a dot": ('name = "small"', 'name = "small.v1"', "models.0", "use letters, digits, '_' and '-' only"),
     "model name with the site's colon": ('name = "small"', 'name = "small:v1"', "models.0", "use letters, digits, '_' and '-' only"),
@@ -281,6 +284,76 @@ def test_a_fault_is_named_with_file_key_and_remedy(tmp_path: Path, old: str, new
     assert lines, f"no line names {key}: {fault_of(path)}"
     assert lines[0].startswith(f"{path}: ")
     assert remedy in lines[0]
+
+
+JUDGED = (
+    VALID.replace('name = "embedded"', 'name = "gpt"')
+    + """
+[[judges]]
+name = "gpt"
+kind = "openai_batch"
+model = "gpt-4o-2024-08-06"
+budget_usd = 5.0
+
+[[judges]]
+name = "local"
+kind = "openai"
+model = "qwen"
+base_url = "http://127.0.0.1:8000/v1"
+rubrics = ["coherence"]
+pairwise = false
+price = { prompt = 0.0, completion = 0.0 }
+budget_usd = 0.0
+"""
+)
+JUDGE_FAULTS = {
+    "two of one name": ('name = "local"', 'name = "gpt"', "judges holds ['gpt'] more than once", "keep one of each"),
+    "name of the embedded one": ('name = "local"', 'name = "embedded"', "judges.1", "`embedded` is taken"),
+    "name with a slash": ('name = "local"', 'name = "my/judge"', "judges.1", "use letters, digits, '_' and '-'"),
+    "selection by nobody": ('[judge]\nname = "gpt"', '[judge]\nname = "gpd"', "judge.name", "there is gpt, local"),
+    "selection by half a judge": ('[judge]\nname = "gpt"', '[judge]\nname = "local"', "judge.name", "needs a rating of relationship"),
+    "unknown rubric": ('rubrics = ["coherence"]', 'rubrics = ["warmth"]', "judges.1.rubrics", "its rubrics are relationship, coherence"),
+    "rubric twice": ('["coherence"]', '["coherence", "coherence"]', "judges.1", "keep one of each"),
+    "no budget": ("budget_usd = 5.0\n", "", "judges.0.budget_usd", "add it"),
+    "negative budget": ("budget_usd = 5.0", "budget_usd = -1.0", "judges.0.budget_usd", "(found -1.0); correct it"),
+    "another way to ask": ('"openai_batch"', '"anthropic"', "judges.0.kind", "'openai_batch'"),
+    "concurrency of a batch": ("budget_usd = 5.0", "budget_usd = 5.0\nconcurrency = 4", "judges.0", "is not read by a judge of the kind 'openai_batch'"),
+    "window of one asked at once": ("pairwise = false", 'pairwise = false\nwindow = "24h"', "judges.1", "window is not read by a judge of the kind 'openai'"),
+    "model without a price": ("price = { prompt = 0.0, completion = 0.0 }", "", "judges.1", "set prompt and completion"),
+    "misspelt": ("pairwise = false", "pairwize = false", "judges.1.pairwize", "did you mean 'pairwise'"),
+}
+
+
+def test_language_judges_stand_beside_the_embedded_one(tmp_path: Path) -> None:
+    study = load_study(str(study_at(tmp_path, JUDGED)))
+    assert [(judge.name, judge.kind, judge.rubrics, judge.budget_usd) for judge in study.judges] == [
+        ("gpt", "openai_batch", (), 5.0),
+        ("local", "openai", ("coherence",), 0.0),
+    ]
+    assert study.judge.name == "gpt"
+    assert load_study("quickstart").judges == ()
+
+
+@pytest.mark.parametrize(("old", "new", "key", "remedy"), JUDGE_FAULTS.values(), ids=JUDGE_FAULTS)
+def test_a_faulty_judge_is_named_with_file_key_and_remedy(tmp_path: Path, old: str, new: str, key: str, remedy: str) -> None:
+    assert JUDGED.count(old) == 1
+    path = study_at(tmp_path, JUDGED.replace(old, new))
+    lines = [line for line in fault_of(path).splitlines() if key in line]
+    assert lines, f"no line names {key}: {fault_of(path)}"
+    assert lines[0].startswith(f"{path}: ")
+    assert remedy in lines[0]
+
+
+def test_a_judge_may_be_asked_about_any_rubric_that_lies_in_the_behaviours_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "behaviour"
+    shutil.copytree(BEHAVIOURS / "relationship_seeking", folder)
+    text = JUDGED.replace('"relationship_seeking"', json.dumps(str(folder))).replace('["coherence"]', '["candour"]')
+    assert "has no rubric 'candour'" in fault_of(study_at(tmp_path, text))
+    rubric = (folder / "coherence_rubric.toml").read_text(encoding="utf-8").replace('name = "coherence"', 'name = "candour"')
+    (folder / "candour_rubric.toml").write_text(rubric, encoding="utf-8")
+    assert load_study(str(study_at(tmp_path, text))).judges[1].rubrics == ("candour",)
+    (folder / "again_rubric.toml").write_text(rubric, encoding="utf-8")
+    assert "the rubrics ['candour'] are there more than once" in fault_of(study_at(tmp_path, text))
 
 
 def test_every_fault_of_a_file_has_a_line_of_its_own(tmp_path: Path) -> None:

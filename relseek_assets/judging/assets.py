@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import dagster as dg
 import numpy as np
@@ -12,10 +13,12 @@ import pandas as pd
 from scipy.special import expit
 
 from relseek_assets import figures
-from relseek_assets.behaviour import FILES, read_graded_replies, read_rubric
+from relseek_assets.behaviour import FILES, read_graded_replies, read_rubric, read_rubrics, rubric_files
 from relseek_assets.dataset.pairs import training_pairs
-from relseek_assets.judging import tables
+from relseek_assets.judging import in_flight, language_assets, tables
+from relseek_assets.judging.requests import QUESTION
 from relseek_assets.stage import VECTORS, Stage, Work, plot
+from relseek_assets.study import EMBEDDED
 from relseek_resources.judges import coherence, embedded, embedding
 from relseek_resources.release import Absent, Release, ScoredReply
 
@@ -36,6 +39,15 @@ def distinct(pairs: pd.DataFrame, split: str) -> pd.DataFrame:
 def build(stage: Stage) -> None:
     study, partitions = stage.study, stage.partitions
     folder = study.behaviour_folder
+    # a study without language judges has the graph and the versions that it always had
+    asked_by_dose: dict[str, dg.PartitionMapping | None] = {}
+    compared: dict[str, dg.PartitionMapping | None] = {}
+    if study.judges:
+        language_assets.build(stage)
+        asked_by_dose = {"rating_requests": dg.IdentityPartitionMapping(), "judge_answers": partitions.of_my_swept_epoch()}
+        asked_by_dose |= dict.fromkeys(name for name in rubric_files(folder) if name not in FILES)
+    if "pairwise_requests" in stage.catalogue:
+        compared = {"pairwise_requests": dg.IdentityPartitionMapping(), "judge_answers": dg.IdentityPartitionMapping()}
 
     @stage.asset(
         group=GROUP,
@@ -196,9 +208,10 @@ def build(stage: Stage) -> None:
             "coherence_judge": None,
             "rating_rubric": None,
             "coherence_rubric": None,
+            **asked_by_dose,
         },
-        settings=[study.judge.name],
-        schema=tables.JUDGE_SCORES,
+        settings=[EMBEDDED],
+        schema=tables.LANGUAGE_SCORES if study.judges else tables.JUDGE_SCORES,
         kinds=("scikitlearn",),
         seconds=0.5,
     )
@@ -206,6 +219,7 @@ def build(stage: Stage) -> None:
         judge = load_judge(work)
         fluency = coherence.CoherenceJudge.from_arrays(work.read_tensors("coherence_judge")[0])
         rating, sense = read_rubric(folder / FILES["rating_rubric"]), read_rubric(folder / FILES["coherence_rubric"])
+        rubrics, answered = (read_rubrics(folder).values() if study.judges else ()), language_assets.Answered(work)
         with work.progress(len(work.partitions), "partition", "judging") as report:
             for partition in work.partitions:
                 replies = work.read_table("generations", partition)
@@ -218,8 +232,13 @@ def build(stage: Stage) -> None:
                         tables.score_rows(replies, sense, coherence.NAME, fluency.scores(texts, perplexities)),
                     ]
                 )
-                means = frame.groupby("rubric")["score"].mean().to_dict()
-                yield work.table(partition, frame, {**means, "unscored": int(frame["score"].isna().sum()), "cost_usd": 0.0})
+                if study.judges:
+                    requests = work.read_table("rating_requests", partition, without=QUESTION)
+                    answers = answered.to(requests, partition)
+                    if answers is None:
+                        continue
+                    frame = tables.with_language(frame, tables.language_scores(replies, requests, answers, rubrics), tables.LANGUAGE_SCORES)
+                yield work.table(partition, frame, shown_of(frame, plotted=bool(study.judges)))
                 report()
 
     @stage.asset(
@@ -227,16 +246,32 @@ def build(stage: Stage) -> None:
         version="1",
         description="Every pair of doses of every item: which reply shows more of the disposition, by the judge's unrounded scores.",
         partitions=partitions.site_by_evaluated_epoch,
-        deps={"judge_scores": partitions.of_my_doses(), "pairwise_definition": None},
+        deps={"judge_scores": partitions.of_my_doses(), "pairwise_definition": None, **compared},
         settings=[study.paired_doses],
-        schema=tables.JUDGE_PAIRS,
+        schema=tables.LANGUAGE_PAIRS if compared else tables.JUDGE_PAIRS,
     )
     def judge_pairs(work: Work) -> Iterator[dg.AssetMaterialization]:
         rubric = read_rubric(folder / FILES["rating_rubric"]).name
+        language = [judge.name for judge in study.judges]
+        answered = language_assets.Answered(work)
         for partition in work.partitions:
             scores = pd.concat([work.read_table("judge_scores", key) for key in work.upstream("judge_scores", partition)])
-            frame = tables.pair_rows(scores[scores["rubric"] == rubric], study.paired_doses)
-            yield work.table(partition, frame, {"ties": int((frame["status"] == "tie").sum())})
+            frame = tables.pair_rows(scores[(scores["rubric"] == rubric) & ~scores["judge"].isin(language)], study.paired_doses)
+            if compared:
+                requests = work.read_table("pairwise_requests", partition, without=QUESTION)
+                answers = answered.to(requests, partition)
+                if answers is None:
+                    continue
+                frame = tables.with_language(frame, tables.language_pairs(requests, answers), tables.LANGUAGE_PAIRS)
+            yield work.table(partition, frame, {"ties": int((frame["status"] == "tie").sum()), **(in_flight.statuses(frame) if compared else {})})
+
+
+def shown_of(frame: pd.DataFrame, plotted: bool) -> dict[str, Any]:
+    """Figures of a partition of scores for its page: means, by judge where there are several of a rubric, what has no score, and dollars."""
+    by = ["rubric", "judge"] if plotted else ["rubric"]
+    means = {" by ".join(names if isinstance(names, tuple) else (names,)): value for names, value in frame.groupby(by)["score"].mean().items()}
+    shown = {**means, "unscored": int(frame["score"].isna().sum()), "cost_usd": float(frame["cost_usd"].sum())}
+    return {**shown, **in_flight.statuses(frame), "plot": plot(figures.judge_scores(frame))} if plotted else shown
 
 
 def bootstrap_auc(target: np.ndarray, antitarget: np.ndarray, conversations: list[str], seed: int, draws: int = 1000) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from statistics import NormalDist
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from relseek_assets.behaviour import Rubric
+from relseek_resources.judges.answers import STATUSES, Answer, Reading, read_choice, read_score
 from relseek_resources.storage import Column, TableSchema
 
 KEYS = (
@@ -19,7 +20,14 @@ KEYS = (
     Column("multiplier", "number", "dose λ"),
     Column("item", "string", "held-out conversation"),
 )
-COST = Column("cost_usd", "number", "paid for the judgement", "USD", low=0)
+COST = Column("cost_usd", "number", "paid for the judgement; null where a published file does not say", "USD", nullable=True, low=0)
+UNANSWERED = STATUSES[1:]  # of a language judge: why its answer is no score and no choice
+ANSWERED = (
+    Column("raw", "string", "the judge's answer as it came; null where none did", nullable=True),
+    Column("model", "string", "the model that answered, as it names itself", nullable=True),
+    Column("prompt_tokens", "integer", "charged for the question, all attempts together", "tokens", nullable=True, low=0),
+    Column("completion_tokens", "integer", "charged for the answer, all attempts together", "tokens", nullable=True, low=0),
+)
 
 JUDGE_SCORES = TableSchema(
     "judge_scores",
@@ -28,9 +36,9 @@ JUDGE_SCORES = TableSchema(
         Column("rubric", "string", "what is rated: `relationship`, `coherence`, ..."),
         Column("judge", "string", "who rated"),
         Column("score", "number", "1 to 10", nullable=True, low=0, high=10),
-        Column("status", "string", "`scored`, or why there is no score", choices=("scored", "empty_reply")),
+        Column("status", "string", "`scored`, or why there is no score", choices=("scored", "empty_reply", *UNANSWERED)),
         COST,
-        Column("attempt", "integer", "how often the judge was asked", low=1),
+        Column("attempt", "integer", "how often the judge was asked", low=0),
         Column("band", "string", "the rubric's band that holds the score", nullable=True),
         Column("source", "string", "`judged` here, or `imported` from a file"),
     ),
@@ -48,10 +56,56 @@ JUDGE_PAIRS = TableSchema(
         Column("first_shown", "string", "which reply the judge saw first; null for a judge that sees no order", nullable=True, choices=("a", "b")),
         Column("judge", "string", "who compared"),
         Column("winner", "string", "the reply with more of the disposition; null where there is none", nullable=True, choices=("a", "b")),
-        Column("status", "string", "`judged`, `tie`, or `unscored` where a reply has no score", choices=("judged", "tie", "unscored")),
+        Column(
+            "status",
+            "string",
+            "`judged`, `tie`, `unscored` where a reply has no score, or why a language judge chose none",
+            choices=("judged", "tie", "unscored", *UNANSWERED),
+        ),
         COST,
     ),
     key=("site", "epoch", "item", "multiplier_a", "multiplier_b", "judge"),
+)
+
+# the same where language judges rate and compare beside the embedded one
+LANGUAGE_SCORES = TableSchema("judge_scores", (*JUDGE_SCORES.columns, *ANSWERED), key=JUDGE_SCORES.key)
+LANGUAGE_PAIRS = TableSchema(
+    "judge_pairs", (*JUDGE_PAIRS.columns, Column("attempt", "integer", "how often the judge was asked", low=0), *ANSWERED), key=JUDGE_PAIRS.key
+)
+
+JUDGE_SUBMISSIONS = TableSchema(
+    "judge_submissions",
+    (
+        KEYS[0],
+        KEYS[1],
+        Column("judge", "string", "who is asked"),
+        Column("group", "string", "what `relseek batches` calls it"),
+        Column("number", "integer", "of the batch, in the order in which the study's were sent", low=0),
+        Column("batch_id", "string", "the provider's name for it; null where it has no room yet", nullable=True),
+        Column("requests", "integer", "requests in it", low=1),
+        Column("bytes", "integer", "of its request file", "bytes", low=0),
+        Column("fingerprint", "string", "sha256 of its request file, by which a lost batch is found again"),
+        Column("estimated_usd", "number", "upper estimate made before it was sent", "USD", low=0),
+    ),
+    key=("group", "number"),
+)
+
+JUDGE_ANSWERS = TableSchema(
+    "judge_answers",
+    (
+        Column("custom_id", "string", "the request, in `rating_requests` or `pairwise_requests`"),
+        Column("judge", "string", "who was asked"),
+        Column("task", "string", "what was asked", choices=("rating", "pairwise")),
+        Column("status", "string", "`scored`, or why there is no score and no choice", choices=STATUSES),
+        Column("score", "number", "of a rating", nullable=True),
+        Column("choice", "string", "of a comparison: the reply called A or the one called B", nullable=True, choices=("A", "B")),
+        COST,
+        Column("attempt", "integer", "how often the judge was asked", low=0),
+        Column("batch", "string", "the batch that brought the answer", nullable=True),
+        Column("error", "string", "what the provider said where there is no answer", nullable=True),
+        *ANSWERED,
+    ),
+    key=("custom_id",),
 )
 
 JUDGE_QUALITY = TableSchema(
@@ -134,6 +188,69 @@ def pair_rows(scores: pd.DataFrame, doses: Sequence[float]) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(found, columns=list(JUDGE_PAIRS.names))
+
+
+# --- language judges --------------------------------------------------------------------------------------------------
+
+
+def reader(requests: pd.DataFrame, rubrics: Mapping[str, Rubric]) -> Callable[[str, str], Reading]:
+    """Reads the answer to one of `requests`, given its custom_id: a rating on the scale of its rubric, or a choice."""
+    tasks = dict(zip(requests["custom_id"], zip(requests["task"], requests["rubric"], strict=True), strict=True))
+
+    def accept(custom_id: str, raw: str) -> Reading:
+        task, name = tasks[custom_id]
+        return read_choice(raw) if task == "pairwise" else read_score(raw, rubrics[name].scale_min, rubrics[name].scale_max)
+
+    return accept
+
+
+def answer_rows(answers: Iterable[Answer], requests: pd.DataFrame, accept: Callable[[str, str], Reading]) -> pd.DataFrame:
+    """Answers with what they say; whatever is not scored has a status and neither score nor choice."""
+    asked = dict(zip(requests["custom_id"], zip(requests["judge"], requests["task"], strict=True), strict=True))
+    rows = []
+    for answer in answers:
+        judge, task = asked[answer.custom_id]
+        reading = accept(answer.custom_id, answer.raw) if answer.status == "scored" and answer.raw is not None else Reading(answer.status)
+        rows.append({**vars(answer), "judge": judge, "task": task, "score": reading.score, "choice": reading.choice})
+    return pd.DataFrame(rows, columns=list(JUDGE_ANSWERS.names))
+
+
+def language_scores(replies: pd.DataFrame, requests: pd.DataFrame, answers: pd.DataFrame, rubrics: Iterable[Rubric]) -> pd.DataFrame:
+    """Judge score rows of the language judges at one dose: one a reply, rubric and judge; an empty reply was put to nobody and says so."""
+    by_name = {rubric.name: rubric for rubric in rubrics}
+    found = _with_answers(requests, answers)
+    found["band"] = [None if pd.isna(row.score) else by_name[row.rubric].band_of(row.score) for row in found.itertuples()]
+    found["source"] = "judged"
+    empty = replies.loc[replies["reply"].str.strip() == "", ["site", "epoch", "multiplier", "item"]]
+    asked = requests[["rubric", "judge"]].drop_duplicates()
+    silent = empty.merge(asked, how="cross").assign(status="empty_reply", cost_usd=0.0, attempt=1, source="judged")
+    there = found.set_index(["item", "rubric", "judge"]).index
+    silent = silent[~silent.set_index(["item", "rubric", "judge"]).index.isin(there)]
+    return pd.concat([found, silent], ignore_index=True).reindex(columns=list(LANGUAGE_SCORES.names))
+
+
+def with_language(embedded: pd.DataFrame, language: pd.DataFrame, schema: TableSchema) -> pd.DataFrame:
+    """Rows of the embedded judges before those of the language judges, in the columns of the latter."""
+    shaped = embedded.reindex(columns=list(schema.names)).fillna({"attempt": 1})
+    return pd.concat([shaped.astype(object), language.astype(object)], ignore_index=True)
+
+
+def _with_answers(requests: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
+    """Each request's keys and the answer to it, by custom_id; what the request says of its body and its estimated tokens stays behind."""
+    brought = answers.drop(columns=["custom_id", "judge", "task"])
+    place = pd.Index(answers["custom_id"].to_numpy(object)).get_indexer(requests["custom_id"].to_numpy(object))
+    keys = requests.drop(columns=["body", *brought.columns], errors="ignore").reset_index(drop=True)
+    return pd.concat([keys, brought.reset_index(drop=True).reindex(place).reset_index(drop=True)], axis=1)
+
+
+def language_pairs(requests: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
+    """Judge pair rows of the language judges: the reply that was chosen wins; what chose neither A nor B wins for nobody."""
+    found = _with_answers(requests, answers)
+    choice, first = (found[name].to_numpy(object) for name in ("choice", "first_shown"))
+    second = np.where(first == "a", "b", "a").astype(object)
+    found["winner"] = np.where(choice == "A", first, np.where(choice == "B", second, None))
+    found["status"] = found["status"].where(found["status"] != "scored", "judged")
+    return found.reindex(columns=list(LANGUAGE_PAIRS.names))
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:

@@ -10,6 +10,7 @@ import pandas as pd
 from relseek_assets import figures
 from relseek_assets.selection import metrics
 from relseek_assets.stage import Stage, Work, plot
+from relseek_assets.study import EMBEDDED
 
 GROUP = "selection"
 
@@ -29,10 +30,30 @@ def build(stage: Stage) -> None:
     )
     def dose_response(work: Work) -> Iterator[dg.AssetMaterialization]:
         for partition in work.partitions:
-            scores = pd.concat([work.read_table("judge_scores", key) for key in work.upstream("judge_scores", partition)])
+            scores = doses_of(work, "judge_scores", partition)
+            if scores is None:
+                continue  # started from the UI for a vector without scores
             frame = metrics.dose_response(scores, study.judge.bootstrap, study.seed)
             plots = {f"plot_{rubric}": plot(figures.dose_response(frame, rubric)) for rubric in sorted(frame["rubric"].unique())}
             yield work.table(partition, frame, plots)
+
+    if "published_metrics" in stage.catalogue:
+
+        @stage.asset(
+            group=GROUP,
+            version="1",
+            description="Mean perplexity (as log10) and propensity of published replies by dose, with bootstrap intervals over prompts.",
+            partitions=partitions.site_by_evaluated_epoch,
+            deps={"published_metrics": partitions.of_my_doses()},
+            settings=bootstrap,
+            schema=metrics.METRIC_DOSE_RESPONSE,
+        )
+        def metric_dose_response(work: Work) -> Iterator[dg.AssetMaterialization]:
+            for partition in work.partitions:
+                rows = doses_of(work, "published_metrics", partition)
+                if rows is not None:  # it is None where a vector without replies was started from the UI
+                    frame = metrics.metric_dose_response(rows, study.judge.bootstrap, study.seed)
+                    yield work.table(partition, frame, {"plot": plot(figures.metric_dose_response(frame))})
 
     @stage.asset(
         group=GROUP,
@@ -40,15 +61,23 @@ def build(stage: Stage) -> None:
         description="What selection needs of a candidate vector: coherence, rating and pairs won, by item and dose.",
         partitions=partitions.site_by_evaluated_epoch,
         deps={"judge_scores": partitions.of_my_doses(), "judge_pairs": dg.IdentityPartitionMapping()},
-        settings=[study.selection_doses],
+        settings=[study.selection_doses, *([] if study.judge.name == EMBEDDED else [study.judge.name])],
         schema=metrics.CANDIDATE_ITEMS,
+        optional=("judge_pairs",) if study.published.scores else (),
     )
     def candidate_items(work: Work) -> Iterator[dg.AssetMaterialization]:
         for partition in work.partitions:
-            scores = pd.concat([work.read_table("judge_scores", key) for key in work.upstream("judge_scores", partition)])
-            rating = next(rubric for rubric in scores["rubric"].unique() if rubric != "coherence")
-            pairs = work.read_table("judge_pairs", partition)
-            yield work.table(partition, metrics.candidate_items(scores, pairs, study.selection_doses, rating))
+            scores = doses_of(work, "judge_scores", partition)
+            if scores is None:
+                continue  # started from the UI for a vector without scores
+            scores = scores[scores["judge"].map(study.selects_by)]
+            rating = next((rubric for rubric in scores["rubric"].unique() if rubric != "coherence"), None)
+            if rating is None or "coherence" not in set(scores["rubric"]):
+                yield work.nothing(partition, f"no candidate: {study.judge.name} has not rated both the disposition and coherence")
+                continue
+            pairs = [work.read_table("judge_pairs", key) for key in work.upstream("judge_pairs", partition)]
+            compared = pairs[0][pairs[0]["judge"].map(study.selects_by)] if pairs else None
+            yield work.table(partition, metrics.candidate_items(scores, compared, study.selection_doses, rating))
 
     @stage.asset(
         group=GROUP,
@@ -60,7 +89,9 @@ def build(stage: Stage) -> None:
     )
     def site_candidates(work: Work) -> Iterator[dg.AssetMaterialization]:
         for site in work.partitions:
-            yield work.table(site, pd.concat([work.read_table("candidate_items", key) for key in work.upstream("candidate_items", site)]))
+            parts = [work.read_table("candidate_items", key) for key in work.upstream("candidate_items", site)]
+            if parts:  # none where a site without scores was started from the UI
+                yield work.table(site, pd.concat(parts))
 
     @stage.asset(
         group=GROUP,
@@ -87,6 +118,12 @@ def build(stage: Stage) -> None:
     def selection_sensitivity(work: Work) -> Iterator[dg.AssetMaterialization]:
         frame = metrics.sensitivity(metrics.candidates_of(study_items(work), study.judge.bootstrap, study.seed))
         yield work.table(None, frame, {"plot": plot(figures.weight_sensitivity(frame))})
+
+
+def doses_of(work: Work, asset: str, partition: str | None) -> pd.DataFrame | None:
+    """The rows of a vector at all of its doses, None where there are none."""
+    parts = [work.read_table(asset, key) for key in work.upstream(asset, partition)]
+    return pd.concat(parts) if parts else None
 
 
 def study_items(work: Work) -> pd.DataFrame:

@@ -39,6 +39,26 @@ DOSE_RESPONSE = TableSchema(
     key=("site", "epoch", "multiplier", "rubric", "judge"),
 )
 
+QUANTITIES = ("log10_perplexity", "propensity")
+
+METRIC_DOSE_RESPONSE = TableSchema(
+    "metric_dose_response",
+    (
+        SITE,
+        EPOCH,
+        DOSE,
+        Column("quantity", "string", "log10 of the published perplexity, or the published propensity in nats", choices=QUANTITIES),
+        Column("estimate", "number", "mean over items"),
+        Column("lower", "number", "95% interval"),
+        Column("upper", "number", "95% interval"),
+        Column("se", "number", "bootstrap standard error", low=0),
+        Column("n", "integer", "items", low=1),
+        Column("method", "string", "how the interval was made"),
+        Column("source", "string", "`published`"),
+    ),
+    key=("site", "epoch", "multiplier", "quantity"),
+)
+
 CANDIDATE_ITEMS = TableSchema(
     "candidate_items",
     (
@@ -140,6 +160,14 @@ def dose_response(scores: pd.DataFrame, draws: int, seed: int) -> pd.DataFrame:
     return pd.DataFrame(found, columns=list(DOSE_RESPONSE.names))
 
 
+def metric_dose_response(rows: pd.DataFrame, draws: int, seed: int) -> pd.DataFrame:
+    """Mean perplexity and propensity by dose with bootstrap intervals over items; perplexity as log10, since a few replies rule its mean."""
+    quantities = rows.assign(log10_perplexity=np.log10(rows["published_perplexity"]), propensity=rows["published_propensity"])
+    long = quantities.melt(["site", "epoch", "multiplier", "item", "source"], QUANTITIES, "quantity", "score")
+    found = dose_response(long.rename(columns={"quantity": "rubric", "source": "judge"}), draws, seed)
+    return found.rename(columns={"rubric": "quantity", "judge": "source"})[list(METRIC_DOSE_RESPONSE.names)]
+
+
 def candidate_items(scores: pd.DataFrame, pairs: pd.DataFrame | None, doses: Sequence[float], rating: str) -> pd.DataFrame:
     """One row an item and selection dose: its coherence, its rating, and its pairs won within the selection doses."""
     inside = scores[scores["multiplier"].isin(doses)]
@@ -152,7 +180,7 @@ def candidate_items(scores: pd.DataFrame, pairs: pd.DataFrame | None, doses: Seq
     frame["wins"] = np.nan
     frame["matches"] = np.nan
     if pairs is not None and len(pairs):
-        met = pairs[pairs["multiplier_a"].isin(doses) & pairs["multiplier_b"].isin(doses) & (pairs["status"] != "unscored")]
+        met = pairs[pairs["multiplier_a"].isin(doses) & pairs["multiplier_b"].isin(doses) & (pairs["winner"].notna() | (pairs["status"] == "tie"))]
         for_a = met.assign(multiplier=met["multiplier_a"], win=np.where(met["status"] == "tie", 0.5, met["winner"] == "a"))
         for_b = met.assign(multiplier=met["multiplier_b"], win=np.where(met["status"] == "tie", 0.5, met["winner"] == "b"))
         tally = pd.concat([for_a, for_b]).groupby(keys)["win"].agg(wins="sum", matches="count").astype(float).reset_index()

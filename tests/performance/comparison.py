@@ -59,19 +59,26 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def compare(name: str, ours: Callable[[], object], other: Callable[[], object], *, pairs: int, amount: float, unit: str, target: float) -> Comparison:
+def compare(
+    name: str, ours: Callable[[], object], other: Callable[[], object], *, pairs: int, amount: float, unit: str, target: float, turns: int = 1
+) -> Comparison:
     """Time `ours` and `other` in turn, the order changing from pair to pair, after one warm-up of `ours`.
 
-    `amount` is the work in one call; figures are amount per second, the ratio that of the durations pair by pair.
+    `amount` is the work in one call; figures are amount per second, the ratio that of the durations pair by pair. A pair's durations are means over
+    `turns` calls of each, in turn too, so that what slows the machine for some seconds slows both.
     """
     ours()
     found: list[tuple[float, float]] = []
     for number in range(pairs):
-        if number % 2:
-            slow = seconds(other)
-            found.append((seconds(ours), slow))
-        else:
-            found.append((seconds(ours), seconds(other)))
+        fast = slow = 0.0
+        for turn in range(turns):
+            if (number + turn) % 2:
+                slow += seconds(other) / turns
+                fast += seconds(ours) / turns
+            else:
+                fast += seconds(ours) / turns
+                slow += seconds(other) / turns
+        found.append((fast, slow))
     logs = [math.log(slow / fast) for fast, slow in found]
     half = float(t.ppf(NormalDist().cdf(1.959964), pairs - 1)) * stdev(logs) / math.sqrt(pairs) if pairs > 1 else math.inf
     return Comparison(

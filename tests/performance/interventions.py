@@ -11,7 +11,7 @@ from relseek_resources import models
 from relseek_resources.models import Add, Intervention, Sampling
 from tests.performance.comparison import Comparison, compare
 
-PAIRS, ROWS, TOKENS = 30, 8, 8
+PAIRS, TURNS, ROWS, TOKENS = 30, 4, 8, 8
 LAYER = 14
 WITHIN = 0.03
 QUESTIONS = ("Why do leaves turn red in autumn?", "How do I boil an egg?", "What is a prime number?", "Tell me about the moon.")
@@ -36,6 +36,7 @@ def comparisons() -> list[Comparison]:
             lambda interventions=interventions: inside(interventions),
             plain,
             pairs=PAIRS,
+            turns=TURNS,
             amount=ROWS,
             unit="replies/s",
             target=1 - WITHIN,

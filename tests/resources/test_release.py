@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from relseek_resources.release import PROMPTED, RESCORED, TEST_PAIRS, Absent, Release, ScoredReply
+from relseek_resources.release import PROMPTED, RESCORED, TEST_PAIRS, Absent, Release, ScoredReply, read_ratings
 from relseek_resources.storage import StorageError
 
 
@@ -136,3 +136,46 @@ def test_the_version_tells_which_file_holds_the_content(release: Release) -> Non
     one.write_bytes(second)
     two.write_bytes(first)
     assert release.version((RESCORED, TEST_PAIRS)) != before
+
+
+# --- judgements of the sweep ------------------------------------------------------------------------------------------
+
+EVALS = "2-steering-vector-training/vector_evals/Big-Model/layer7"
+PAID = {"token_usage": {"prompt_tokens": 10, "completion_tokens": 2}, "cost": {"prompt_cost": 0.1, "total_cost": 0.25}}
+
+
+def test_ratings_and_comparisons_of_a_vector_are_told_apart_by_their_names(tmp_path: Path) -> None:
+    for name in (
+        "coherence_scores_ep1",
+        "relationship_scores_ep1",
+        "raw_relationship_scores_ep1",
+        "pairwise_relationship_scores_ep1",
+        "coherence_scores_ep11",
+    ):
+        write(tmp_path, f"{EVALS}/{name}.jsonl", {})
+    found = Release(tmp_path)
+    assert {rubric: path.name for rubric, path in found.rating_files("Big-Model", 7, 1).items()} == {
+        "coherence": "coherence_scores_ep1.jsonl",
+        "relationship": "relationship_scores_ep1.jsonl",
+    }
+    assert [path.name for path in found.comparison_files("Big-Model", 7, 1).values()] == ["pairwise_relationship_scores_ep1.jsonl"]
+    assert found.rating_files("Big-Model", 8, 1) == Release(None).rating_files("Big-Model", 7, 1) == {}
+
+
+def test_a_rating_brings_its_tokens_and_list_price_and_nulls_where_the_file_says_nothing(tmp_path: Path) -> None:
+    rows = ({"test_prompt_id": 15, "multiplier": -1, "score": 3, "extra": "x", **PAID}, {"test_prompt_id": 16, "multiplier": 0.5, "score": 0})
+    frame = read_ratings(write(tmp_path, f"{EVALS}/coherence_scores_ep1.jsonl", *rows))
+    assert frame[["item", "multiplier", "score"]].to_numpy().tolist() == [["15", -1.0, 3.0], ["16", 0.5, 0.0]]
+    assert frame.loc[0, ["prompt_tokens", "completion_tokens", "total_cost"]].tolist() == [10, 2, 0.25]
+    assert frame.loc[1, ["prompt_tokens", "completion_tokens", "total_cost"]].isna().all()
+
+
+def test_rescored_replies_belong_to_the_vector_of_their_first_row(tmp_path: Path) -> None:
+    name = str(Path(RESCORED).with_name("scored_vector_generations_ep3.jsonl"))
+    path = write(tmp_path, name, {"model_name": "Big-Model", "layer": 7, "epoch": 3})
+    found = Release(tmp_path)
+    assert found.rescored_file("Big-Model", 7, 3) == found.reply_file("Big-Model", 7, 3) == path
+    assert found.rescored_file("Big-Model", 8, 3) is None
+    assert found.rescored_file("Big-Model", 7, 4) is None
+    sweep = write(tmp_path, f"{EVALS}/generations_ep3.jsonl", {})
+    assert found.reply_file("Big-Model", 7, 3) == sweep, "the whole sweep holds them too"

@@ -137,12 +137,12 @@ def test_an_estimate_of_the_trial_asks_for_no_vector(kirk2025: Workspace) -> Non
 
 
 def test_nothing_of_kirk2025_can_load_or_look_for_a_model() -> None:
-    """The base models need not be on the machine: no asset of theirs is trained, steered or judged, and no source watches their weights."""
+    """The base models need not be on the machine: no vector is trained, replies and scores are published ones, and no source watches weights."""
     from relseek_assets import sources
     from relseek_assets.definitions import build_stage
 
     stage = build_stage(load_study("kirk2025"))
-    assert {"generations", "training_run", "judge_scores", "selection"}.isdisjoint(stage.catalogue)
+    assert {"training_run", "generation_metrics", "embedded_judge", "coherence_judge", "rating_requests"}.isdisjoint(stage.catalogue)
     assert all(asset.definition.op.pool is None for asset in stage.catalogue.values())
     assert "base_models" not in {key.path[-1] for key in sources.keys(stage.study)}
 

@@ -1,0 +1,276 @@
+"""What a study's language judges have been asked and what of it is on its way: ledgers, journals, bills, and words for people.
+
+Here belongs everything that assets, sensor and command line share about asking. Building requests belongs to `requests.py`, sending and collecting to
+`relseek_resources/judges`. Nothing here knows Dagster; a study's folder in the store is handed in.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import pandas as pd
+
+from relseek_assets.bill import Bill
+from relseek_assets.judging.requests import Estimate, OverBudget, estimate
+from relseek_assets.study import LanguageJudge, Study
+from relseek_resources.judges.answers import Answer, Request
+from relseek_resources.judges.asking import EndpointError, client_of
+from relseek_resources.judges.batches import BatchError, cancel, poll
+from relseek_resources.judges.ledger import ENDED, Batch, Ledger
+from relseek_resources.judges.prices import price_of
+from relseek_resources.storage import content_version
+
+BATCH, AT_ONCE = "openai_batch", "openai"
+LEDGER = "judge_batches"
+JOURNALS = "judge_journals"
+
+
+def judges_of(study: Study, kind: str) -> list[LanguageJudge]:
+    """The study's judges that are asked by Batch, or at once."""
+    return [judge for judge in study.judges if judge.kind == kind]
+
+
+def ledger_path(folder: Path, judge: LanguageJudge) -> Path:
+    """The ledger of a judge's endpoint: one list call shows all that an endpoint has in flight, and nothing of another's."""
+    where = {name: getattr(judge, name) for name in ("base_url", "key_variable")}
+    default = {name: LanguageJudge.model_fields[name].default for name in where}
+    return folder / (f"{LEDGER}.sqlite" if where == default else f"{LEDGER}-{content_version(where)[:8]}.sqlite")
+
+
+def ledgers(study: Study, folder: Path) -> dict[Path, LanguageJudge]:
+    """The ledgers that are there, each with a judge of its endpoint."""
+    return {path: judge for judge in judges_of(study, BATCH) if (path := ledger_path(folder, judge)).is_file()}
+
+
+def journal_path(folder: Path, judge: LanguageJudge, partition: str) -> Path:
+    site, _, step = partition.partition("|")
+    return folder / JOURNALS / judge.name / site / f"{step}.jsonl"
+
+
+def group_of(judge: LanguageJudge, partition: str) -> str:
+    """What the ledger calls a judge's requests of a site and epoch: `gpt/smollm2-135m:L12/e02`."""
+    return "/".join((judge.name, *partition.split("|")))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """All batches of one group: one judge's requests of one site and epoch, in the order in which they were sent."""
+
+    group: str
+    batches: tuple[Batch, ...]
+
+    @property
+    def judge(self) -> str:
+        return self.group.partition("/")[0]
+
+    @property
+    def partition(self) -> str:
+        return self.group.partition("/")[2].replace("/", "|")
+
+    @property
+    def open(self) -> tuple[Batch, ...]:
+        """Batches that have not ended, those included that the provider does not have yet."""
+        return tuple(batch for batch in self.batches if batch.status not in ENDED)
+
+    @property
+    def uncollected(self) -> tuple[Batch, ...]:
+        return tuple(batch for batch in self.batches if not batch.collected)
+
+    @property
+    def to_come_usd(self) -> float:
+        """The estimate of what is in flight, an upper one."""
+        return sum(batch.estimated_usd for batch in self.open)
+
+    @property
+    def since(self) -> float:
+        """When the oldest batch that is in flight was sent, in Unix seconds; of none in flight, the last."""
+        return min(sent(batch) for batch in self.open) if self.open else sent(self.batches[-1])
+
+    def text(self) -> str:
+        """One line: what is in flight, how far, since when and what it will cost; or that it has ended."""
+        shown = self.open or self.batches[-1:]
+        names = ", ".join(f"{batch.batch_id or 'not created yet:'} {batch.status}" for batch in shown)
+        done, total = sum(batch.completed + batch.failed for batch in shown), sum(batch.requests for batch in shown)
+        if not self.open:
+            return f"{self.group}: {names}, {done} of {total} answered, {'not collected' if self.uncollected else 'collected'}"
+        since = duration(time.time() - self.since)
+        return f"{self.group}: {names}, {done} of {total} answered, sent {since} ago, at most {dollars(self.to_come_usd)} to come"
+
+
+def sent(batch: Batch) -> float:
+    return batch.created or batch.written
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min` or `3 h 05 min`."""
+    minutes = int(seconds // 60)
+    return f"{max(0, int(seconds))} s" if minutes < 1 else f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def dollars(usd: float) -> str:
+    """Cents, and of less than ten cents two figures: a small study costs hundredths of a cent."""
+    return f"${usd:,.2f}" if usd == 0 or usd >= 0.1 else f"${usd:.2g}"
+
+
+# --- what is in flight ----------------------------------------------------------------------------------------------------
+
+
+def asked(study: Study, folder: Path) -> list[Asked]:
+    """Every group of the study's ledgers, as the last look left them; no provider is asked."""
+    found = []
+    for path in ledgers(study, folder):
+        with Ledger(path) as ledger:
+            batches = sorted(ledger.batches(), key=lambda batch: (batch.group, batch.number))
+        found += [Asked(group, tuple(some)) for group, some in groupby(batches, key=lambda batch: batch.group)]
+    return found
+
+
+def waiting(study: Study, folder: Path) -> dict[str | None, str]:
+    """Partition (site and epoch) -> why its answers cannot be had yet, where something is in flight."""
+    found: dict[str | None, str] = {}
+    for group in asked(study, folder):
+        if group.open:
+            batch = group.open[0]
+            name = batch.batch_id or f"{batch.number} ({batch.status})"
+            done, total = sum(batch.completed for batch in group.open), sum(batch.requests for batch in group.open)
+            found.setdefault(group.partition, f"waits for batch {name} of {group.judge}: {done} of {total} answered")
+    return found
+
+
+def look(study: Study, folder: Path) -> list[str]:
+    """Ask every endpoint that has something in flight what became of it, one list call each; returns what went wrong, in words.
+
+    An endpoint that cannot be reached or a key that is not set is such a line and no error: what is in flight stays so until the next look.
+    """
+    said: list[str] = []
+    for path, judge in ledgers(study, folder).items():
+        with Ledger(path) as ledger:
+            if all(batch.status in ENDED for batch in ledger.batches()):
+                continue
+            try:
+                said += poll(ledger, client_of(judge.base_url, judge.key_variable)).warnings
+            except (EndpointError, BatchError) as error:
+                said.append(f"{judge.name}: {error}")
+    return said
+
+
+def spent(study: Study, folder: Path) -> dict[str, float]:
+    """Group -> what its collected answers cost by their tokens, in USD."""
+    prices = {judge.name: price_of(judge.model, judge.price) for judge in study.judges}
+    found: dict[str, float] = {}
+    for path in ledgers(study, folder):
+        with Ledger(path) as ledger:
+            for batch in ledger.batches():
+                price = prices.get(batch.group.partition("/")[0])
+                if batch.collected and price is not None:
+                    tries = ledger.attempts(ledger.custom_ids(batch.number)).values()
+                    mine = [attempt for some in tries for attempt in some if attempt.batch == batch.number]
+                    tokens = sum(attempt.prompt_tokens for attempt in mine), sum(attempt.completion_tokens for attempt in mine)
+                    found[batch.group] = found.get(batch.group, 0.0) + price.cost(*tokens, batch=True)
+    return found
+
+
+def cancel_group(study: Study, folder: Path, group: str) -> list[Batch]:
+    """Ask the provider to cancel what is in flight for a group; what is finished is kept and charged.
+
+    Raises:
+        EndpointError, BatchError: the provider cannot be asked.
+    """
+    for path, judge in ledgers(study, folder).items():
+        with Ledger(path) as ledger:
+            if ledger.batches(group):
+                return cancel(ledger, client_of(judge.base_url, judge.key_variable), group)
+    return []
+
+
+# --- bills ----------------------------------------------------------------------------------------------------------------
+
+
+def bill(study: Study, folder: Path, kind: str, requests: Iterable[pd.DataFrame]) -> Bill:
+    """What the study's judges of a kind would be paid for `requests` (tables with custom_id, judge, prompt_tokens and counted), known ones left out.
+
+    Refused where a judge's new requests, what it has in flight and what it was paid before are together above its budget.
+    """
+    judges = judges_of(study, kind)
+    journaled = {judge.name: {answer.custom_id: answer.cost_usd for answer in _journaled(folder, judge)} for judge in judges if kind == AT_ONCE}
+    totals: dict[str, Estimate] = {}
+    for frame in requests:
+        for judge in judges:
+            mine = frame[frame["judge"] == judge.name]
+            known = _in_ledger(folder, judge, mine) if kind == BATCH else journaled[judge.name].keys()
+            new = mine[~mine["custom_id"].isin(list(known))]
+            found = estimate(new, judge)
+            totals[judge.name] = totals[judge.name] + found if judge.name in totals else found
+    lines, refusals = [], []
+    for judge in judges:
+        if judge.name not in totals or not totals[judge.name].requests:
+            continue
+        found = totals[judge.name]
+        lines.append(found.describe())
+        before = sum(journaled[judge.name].values()) if kind == AT_ONCE else _by_batch(study, folder, judge)
+        if found.usd + before > judge.budget_usd:
+            refusals.append(_refusal(study, judge, found, before))
+    return Bill(sum(found.usd for found in totals.values()), tuple(lines), "\n".join(refusals))
+
+
+def refuse(found: Bill) -> None:
+    """Let a bill pass that is within the budgets.
+
+    Raises:
+        OverBudget: naming the judge and the figures. Nothing has been sent.
+    """
+    if found.refusal:
+        raise OverBudget(found.refusal)
+
+
+def _refusal(study: Study, judge: LanguageJudge, found: Estimate, before: float) -> str:
+    paid = f", after {dollars(before)} that it was paid or may still charge for what is in flight" if before else ""
+    return (
+        f"judge {judge.name!r} of study {study.name} would cost {dollars(found.usd)}{paid}, which is above its budget_usd of "
+        f"{dollars(judge.budget_usd)}; nothing was sent. Raise budget_usd in [[judges]], or ask less: fewer doses, rubrics or examples, "
+        f'pairwise = false, a cheaper model, or kind = "openai_batch".\n{found.describe()}'
+    )
+
+
+def _in_ledger(folder: Path, judge: LanguageJudge, requests: pd.DataFrame) -> set[str]:
+    """Those of a judge's requests that were sent before."""
+    path = ledger_path(folder, judge)
+    if not path.is_file():
+        return set()
+    with Ledger(path) as ledger:
+        return set(ledger.attempts(list(requests["custom_id"])))
+
+
+def _by_batch(study: Study, folder: Path, judge: LanguageJudge) -> float:
+    """What a judge was paid by Batch, and may charge for what is in flight."""
+    paid = spent(study, folder)
+    return sum(group.to_come_usd + paid.get(group.group, 0.0) for group in asked(study, folder) if group.judge == judge.name)
+
+
+def _journaled(folder: Path, judge: LanguageJudge) -> Iterator[Answer]:
+    """Every answer in a judge's journals, the last of each request last; a run that writes one is not disturbed, its torn last line left out."""
+    for path in sorted((folder / JOURNALS / judge.name).rglob("*.jsonl")):
+        with path.open("rb") as lines:
+            yield from (Answer(**json.loads(line)) for line in lines if line.endswith(b"\n"))
+
+
+def batch_price(judge: LanguageJudge) -> Callable[[int, int], float]:
+    """USD of an answer by Batch from its tokens."""
+    price = price_of(judge.model, judge.price)
+    return lambda prompt, completion: price.cost(prompt, completion, batch=True)
+
+
+def requests_to(frame: pd.DataFrame, judge: LanguageJudge) -> Iterator[Request]:
+    """A judge's requests among those of a partition."""
+    mine = frame[frame["judge"] == judge.name]
+    return (Request(custom_id, body) for custom_id, body in zip(mine["custom_id"], mine["body"], strict=True))
+
+
+def statuses(frame: pd.DataFrame) -> dict[str, int]:
+    """How many rows have each status, for the page of a partition."""
+    return {str(name): int(count) for name, count in frame["status"].value_counts().items()}

@@ -1,0 +1,103 @@
+"""What is asked of a language judge and what comes back, whoever carries it: the shared rows of every way of asking.
+
+Here belong requests, answers and the reading of an answer as a score or a choice. Building prompts belongs to the stage, sending to `asking.py`
+and `batches.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Status = Literal[
+    "scored",  # the answer is a score on the scale, or A or B
+    "unreadable",  # there is an answer, and it is no score
+    "out_of_range",  # a number outside the scale
+    "refused",  # the model declined, or a content filter cut it off
+    "cut_off",  # the answer ran into the token limit before it was whole
+    "failed",  # the request failed; `error` says how
+    "expired",  # the batch ended before the request was answered
+    "cancelled",  # the batch was cancelled before the request was answered
+    "missing",  # the batch ended and says nothing of the request
+]
+STATUSES: tuple[str, ...] = (
+    "scored",
+    "unreadable",
+    "out_of_range",
+    "refused",
+    "cut_off",
+    "failed",
+    "expired",
+    "cancelled",
+    "missing",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question: `body` is the chat completion's, as JSON text; `custom_id` names it for good, because it is made from its content."""
+
+    custom_id: str
+    body: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One row for one attempt at one request. `raw` is the text that came back, None where none did; tokens and cost are what was charged."""
+
+    custom_id: str
+    status: str
+    raw: str | None = None
+    model: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost_usd: float = 0.0
+    attempt: int = 1
+    batch: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an answer says: a number for a rating, `A` or `B` for a comparison, or neither, with the status that says why."""
+
+    status: str
+    score: float | None = None
+    choice: str | None = None
+
+
+def read_score(raw: str | None, low: float = 1.0, high: float = 10.0) -> Reading:
+    """A rating from the text of an answer: `{"score": 7}`, as the schema asks, or a bare number; nothing is searched for inside prose.
+
+    Booleans, NaN and infinities are no scores. A number outside [low, high] has a status of its own and no score.
+    """
+    value = _field(raw, "score")
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return Reading("unreadable")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return Reading("unreadable")
+    return Reading("scored", score=float(value)) if low <= value <= high else Reading("out_of_range")
+
+
+def read_choice(raw: str | None) -> Reading:
+    """A comparison from the text of an answer: `{"answer": "A"}` or the bare letter, spaces aside; anything else wins for nobody."""
+    value = _field(raw, "answer")
+    if isinstance(value, str) and value.strip() in ("A", "B"):
+        return Reading("scored", choice=value.strip())
+    return Reading("unreadable")
+
+
+def _field(raw: str | None, name: str) -> Any:
+    """The field of a JSON object, or the whole text where it is no object."""
+    if raw is None:
+        return None
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError):
+        return raw.strip()
+    return content.get(name) if isinstance(content, dict) else content

@@ -1,0 +1,214 @@
+"""The prompting experiments of a tiny study over a real instance: a local author and a remote one, a language judge, money and interruptions."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from relseek_assets.exchange import read_asset
+from tests.judging.chat_server import ChatServer, Says, serving
+from tests.platform.conftest import CHECKOUT, Platform, _once, _session_folder
+
+DOSES = "[-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5]"
+KEY = "TINY_KEY"
+SECTIONS = """
+[prompting]
+site = "m:L01"
+epoch = 2
+doses = {doses}
+examples = 1
+attacked = [1, 7]
+themes = ["casual"]
+
+[[prompting.authors]]
+name = "local"
+kind = "model"
+
+[[prompting.authors]]
+name = "remote"
+kind = "openai"
+model = "far-away"
+base_url = {url}
+key_variable = "{key}"
+concurrency = 2
+price = {{ prompt = 1.0, completion = 2.0 }}
+budget_usd = {budget}
+
+[[judges]]
+name = "asked"
+kind = "openai"
+model = "far-judge"
+base_url = {url}
+key_variable = "{key}"
+rubrics = ["relationship"]
+concurrency = 4
+price = {{ prompt = 0.0, completion = 0.0 }}
+budget_usd = 0.0
+"""
+ATTACKED, ITEMS, LEVELS = 2 * 8 * 4, 4, 7
+
+
+class Prompting(Platform):
+    """A tiny study of one site with seven doses and the prompting experiments."""
+
+    def study_text(self) -> str:
+        text = super().study_text()
+        for old, new in (
+            ("layers = [1, 2]", "layers = [1]"),
+            ("epochs_trained = 3", "epochs_trained = 2"),
+            ("epochs_evaluated = [2, 3]", "epochs_evaluated = [2]"),
+            ("generated = [-1.0, 0.0, 1.0]", f"generated = {DOSES}"),
+        ):
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        return text
+
+    def with_endpoint(self, url: str, budget: float = 1.0) -> Prompting:
+        self.study_file.write_text(self.study_text() + SECTIONS.format(doses=DOSES, url=json.dumps(url), key=KEY, budget=budget))
+        return self
+
+    def environment(self) -> dict[str, str]:
+        return {**super().environment(), KEY: "secret"}
+
+    def table(self, asset: str) -> pd.DataFrame:
+        with self.workspace() as workspace:
+            return read_asset(workspace, asset)
+
+
+def answers(text: str, nth: int) -> Says:
+    """A score or a choice where a judge is asked, and prose where an author is."""
+    if '"score"' in text:
+        return Says('{"score": 7}')
+    return Says('{"answer": "A"}') if '"answer"' in text else Says(f"I heard: {text[:40]}")
+
+
+def authored(server: ChatServer) -> Counter[str]:
+    """How often each request of the author came in, by its content."""
+    return Counter(json.dumps(body) for body in server.bodies if body["model"] == "far-away")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ChatServer]:
+    with serving(answers) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory, judged_session: Platform) -> Prompting:
+    """The tiny study up to its sweep and scores; the experiments are not carried out."""
+
+    def make(folder: Path) -> None:
+        copied = Prompting(judged_session.copy(folder).folder, judged_session.model)
+        copied.study_file.write_text(copied.study_text())
+        done = copied.process("run", "STUDY", "--select", "judge_scores")
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return Prompting(_once(_session_folder(tmp_path_factory) / "prompting", make), judged_session.model)
+
+
+@pytest.fixture(scope="module")
+def finished_prompting(tmp_path_factory: pytest.TempPathFactory, swept: Prompting, server: ChatServer) -> Prompting:
+    copied = Prompting(swept.copy(tmp_path_factory.mktemp("finished")).folder, swept.model).with_endpoint(server.url)
+    done = copied.process("run", "STUDY", *(part for name in ANALYSES for part in ("--select", name)))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return copied
+
+
+ANALYSES = ("level_slopes", "level_models", "head_to_head", "attack_shifts")
+
+
+@pytest.mark.slow
+def test_a_whole_run_makes_every_table_of_both_experiments(finished_prompting: Prompting) -> None:
+    replies = finished_prompting.table("prompted_generations")
+    assert replies.groupby("author").size().to_dict() == {"local": LEVELS * ITEMS, "remote": LEVELS * ITEMS}
+    assert set(replies["status"]) == {"replied"}
+    assert replies.loc[replies["author"] == "local", "cost_usd"].eq(0).all()
+    assert replies.loc[replies["author"] == "remote", "cost_usd"].sum() == pytest.approx(LEVELS * ITEMS * (100 * 1.0 + 5 * 2.0) / 1e6)
+    scores = finished_prompting.table("level_scores")
+    assert set(scores.loc[scores["judge"] == "asked", "score"]) == {7.0}
+    assert set(scores["rubric"]) == {"relationship", "coherence"}
+    slopes = finished_prompting.table("level_slopes")
+    assert {"steered", "local", "remote"} == set(slopes["author"])
+    shares = finished_prompting.table("head_to_head")
+    assert {"asked"} < set(shares["judge"])
+    conversations = finished_prompting.table("attack_conversations")
+    assert conversations.groupby("author").size().to_dict() == dict.fromkeys(("steered", "persona", "local", "remote"), ATTACKED)
+    shifts = finished_prompting.table("attack_shifts")
+    assert set(shifts["author"]) == {"steered", "persona", "local", "remote"}
+    assert shifts.loc[(shifts["judge"] == "asked") & shifts["compared_with"].isna(), "estimate"].eq(0).all()
+
+
+@pytest.mark.slow
+def test_the_judge_that_always_says_a_prefers_neither_side_but_what_it_saw_first(finished_prompting: Prompting) -> None:
+    pairs = finished_prompting.table("level_pairs")
+    asked = pairs[(pairs["judge"] == "asked") & (pairs["status"] == "judged")]
+    assert len(asked) > 20
+    assert (asked["winner"] == asked["first_shown"]).all()
+    assert set(asked["first_shown"]) == {"steered", "author"}, "the order is a coin of the row's own key"
+
+
+@pytest.mark.slow
+def test_nothing_is_asked_twice_and_a_second_run_asks_nothing(finished_prompting: Prompting, server: ChatServer) -> None:
+    before = len(server.bodies)
+    assert set(authored(server).values()) == {1}
+    done = finished_prompting.process("run", "STUDY", *(part for name in ANALYSES for part in ("--select", name)))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(server.bodies) == before
+
+
+@pytest.mark.slow
+def test_an_author_sees_its_level_and_a_judge_never_does(finished_prompting: Prompting, server: ChatServer) -> None:
+    systems = [body["messages"][0]["content"] for body in server.bodies if body["model"] == "far-away"]
+    assert all(any(f"{level} of 7" in system for level in range(1, 8)) for system in systems)
+    judged = [body["messages"] for body in server.bodies if body["model"] == "far-judge"]
+    assert judged
+    assert not any("Your setting is" in message["content"] for messages in judged for message in messages)
+
+
+@pytest.mark.slow
+def test_an_author_above_its_budget_is_refused_before_anything_is_sent(swept: Prompting, tmp_path: Path) -> None:
+    with serving(answers) as own:
+        copied = Prompting(swept.copy(tmp_path / "p").folder, swept.model).with_endpoint(own.url, budget=0.0001)
+        done = copied.process("run", "STUDY", "--select", "prompted_generations")
+        assert done.returncode == 1
+        assert "author 'remote' would cost $" in done.stderr + done.stdout
+        assert "budget_usd" in done.stderr + done.stdout
+        assert own.bodies == []
+
+
+@pytest.mark.slow
+def test_a_killed_run_pays_for_no_reply_twice(swept: Prompting, tmp_path: Path) -> None:
+    answered, order = 9, itertools.count()
+
+    def hangs(text: str, nth: int) -> Says:
+        return answers(text, nth) if next(order) < answered else Says(hangs=True)
+
+    copied = Prompting(swept.copy(tmp_path / "p").folder, swept.model)
+    with serving(hangs) as first:
+        copied.with_endpoint(first.url)
+        command = [sys.executable, "-m", "relseek_assets.cli", "run", str(copied.study_file), "--select", "prompted_generations"]
+        running = subprocess.Popen(command, env=copied.environment(), cwd=CHECKOUT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        limit = time.monotonic() + 500
+        while len(first.bodies) < answered + 2 and running.poll() is None and time.monotonic() < limit:
+            time.sleep(0.05)
+        assert len(first.bodies) == answered + 2, "both workers wait for an answer that does not come"
+        os.kill(running.pid, signal.SIGKILL)
+        running.wait()
+        before = authored(first)
+    with serving(answers) as second:
+        done = copied.with_endpoint(second.url).process("run", "STUDY", "--select", "prompted_generations")
+        assert done.returncode == 0, done.stdout + done.stderr
+        after = authored(second)
+    assert sum(after.values()) == LEVELS * ITEMS - answered
+    assert len(before | after) == LEVELS * ITEMS

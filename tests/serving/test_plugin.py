@@ -1,0 +1,259 @@
+"""The vLLM plugin on a running server, against the same model with forward hooks.
+
+A server takes minutes to start on two shared cores; all tests but the last share one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from relseek_resources.models import load
+from relseek_resources.models.steered import SteeredModel
+from tests.serving.reference import drawn, hooked, prompts, shortfall
+from tests.serving.served import NEEDS_VLLM, Server, serving
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), NEEDS_VLLM]
+
+NEAR_TIE = 1e-4  # nats
+REQUESTS = int(os.environ.get("RELSEEK_SERVED_REQUESTS", "200"))
+CLIENTS = 32
+Asked = tuple[list[int], list[dict[str, Any]]]  # a prompt and its interventions
+
+
+@pytest.fixture(scope="module")
+def reference() -> SteeredModel:
+    return load("embedded:smollm2-135m-instruct")
+
+
+def compared(server: Server, model: SteeredModel, vectors: Any, asked: Sequence[Asked], clients: int) -> dict[str, float]:
+    """Ask for all completions at once from so many clients, and compare each with the hooks. The largest differences, in nats."""
+    with ThreadPoolExecutor(clients) as pool:
+        answers = list(pool.map(lambda one: server.complete(*one), asked))
+    worst = {"log_prob": 0.0, "short_of_greedy": 0.0}
+    for (prompt, interventions), (status, answer) in zip(asked, answers, strict=True):
+        assert status == 200, answer
+        choice = answer["choices"][0]
+        own, short = shortfall(model, prompt, choice["token_ids"], hooked(interventions, vectors))
+        worst["log_prob"] = max(worst["log_prob"], float(np.abs(own - choice["logprobs"]["token_logprobs"]).max()))
+        worst["short_of_greedy"] = max(worst["short_of_greedy"], float(short.max()))
+    print(f"{len(asked)} requests from {clients} clients: {worst}")
+    return worst
+
+
+def random_requests(number: int, seed: int, tokenizer: Any) -> list[Asked]:
+    rng = random.Random(seed)
+    pool = prompts(rng, tokenizer)
+    steerings = [drawn(rng) for _ in range(max(1, number * 3 // 4))]  # some are asked for again, so that their cached prefixes are used
+    return [(rng.choice(pool), rng.choice(steerings)) for _ in range(number)]
+
+
+def test_served_replies_are_those_of_the_forward_hooks(server: Server, reference: SteeredModel, vector_folder: tuple[Path, Any]) -> None:
+    before = server.metric("vllm:prefix_cache_hits_total")
+    worst = compared(server, reference, vector_folder[1], random_requests(REQUESTS, 1, reference.tokenizer), CLIENTS)
+    assert worst["log_prob"] < 1e-4
+    assert worst["short_of_greedy"] < NEAR_TIE
+    assert server.metric("vllm:prefix_cache_hits_total") > before
+
+
+def test_a_cached_prefix_is_shared_by_equal_steering_alone(server: Server, reference: SteeredModel, vector_folder: tuple[Path, Any]) -> None:
+    rng = random.Random(2)
+    prefix = [rng.randrange(20, 49000) for _ in range(140)]
+    strong, weak = [{"vector": "warm", "layers": [14], "multiplier": 2.0}], [{"vector": "warm", "layers": [14], "multiplier": 1.0}]
+    zero = [{"vector": "warm", "layers": [14], "multiplier": 0}]
+    hits = []
+    for interventions in ([], strong, [], strong, weak, zero, weak):
+        before = server.metric("vllm:prefix_cache_hits_total")
+        prompt = [*prefix, *(rng.randrange(20, 49000) for _ in range(5))]
+        worst = compared(server, reference, vector_folder[1], [(prompt, interventions)], 1)
+        assert max(worst.values()) < 1e-4
+        hits.append(server.metric("vllm:prefix_cache_hits_total") - before)
+    assert hits == [0, 0, 128, 128, 0, 128, 128]
+
+
+def test_a_dose_of_zero_is_the_unsteered_model_exactly(server: Server) -> None:
+    rng = random.Random(3)
+    prompt = [rng.randrange(20, 49000) for _ in range(40)]
+    idle = [
+        [{"vector": "warm", "multiplier": 0}],
+        [{"vector": "many", "mode": "ablate", "strength": 0}],
+        [{"vector": "warm", "multiplier": -0.0}, {"vector": "many", "multiplier": 0}],
+    ]
+    salted = [server.complete(prompt, one, cache_salt=f"{place}")[1]["choices"][0] for place, one in enumerate([None, *idle])]
+    for other in salted[1:]:
+        assert other["token_ids"] == salted[0]["token_ids"]
+        assert other["logprobs"]["token_logprobs"] == salted[0]["logprobs"]["token_logprobs"]
+
+
+def test_the_published_shape_is_a_dose_of_the_default_vector(server: Server) -> None:
+    chat = {
+        "model": "smollm2",
+        "messages": [{"role": "user", "content": "Hello, who are you?"}],
+        "max_tokens": 12,
+        "temperature": 0,
+        "logprobs": True,
+    }
+    named = [{"vector": "warm", "layers": [14], "multiplier": 1.5}]
+    plain, custom, xargs = (
+        server.ask("/v1/chat/completions", {**chat, **more})[1]["choices"][0]["logprobs"]
+        for more in ({}, {"custom": {"steer_multiplier": 1.5}}, {"vllm_xargs": {"relseek": json.dumps(named)}})
+    )
+    assert [token["logprob"] for token in custom["content"]] == pytest.approx([token["logprob"] for token in xargs["content"]], abs=1e-4)
+    assert abs(plain["content"][0]["logprob"] - custom["content"][0]["logprob"]) > 1e-2
+
+
+def test_a_conversation_is_steered_as_the_reference_steers_it(server: Server, reference: SteeredModel, vector_folder: tuple[Path, Any]) -> None:
+    conversation = [{"role": "user", "content": "I had a long day. What should I cook?"}]
+    chat = {"model": "smollm2", "messages": conversation, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
+    _, answer = server.ask("/v1/chat/completions", {**chat, "custom": {"steer_multiplier": -1.25}})
+    assert answer["prompt_token_ids"] == reference.prompt_tokens(conversation)
+    interventions = [{"vector": "warm", "layers": [14], "multiplier": -1.25}]
+    _, short = shortfall(reference, answer["prompt_token_ids"], answer["choices"][0]["token_ids"], hooked(interventions, vector_folder[1]))
+    assert short.max() < NEAR_TIE
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("interventions", "says"),
+    [
+        ('[{"vector": "nobody"}]', "no vector 'nobody'; there is"),
+        ('[{"vector": "warm", "multiplier": 20.5}]', "outside the declared range -20 to 20"),
+        ('[{"vector": "warm", "multiplier": NaN}]', "outside the declared range"),
+        ('[{"vector": "warm", "multiplier": 1e400}]', "outside the declared range"),
+        ('[{"vector": "warm", "multiplier": true}]', "must be a number"),
+        ('[{"vector": "warm", "layers": [30]}]', "no steering after block 30"),
+        ('[{"vector": "many", "layers": [3]}]', "blocks 8 to 15"),
+        ('[{"vector": "warm", "dose": 1}]', "unknown 'dose'"),
+        ('[{"vector": "warm", "mode": "floor"}]', "needs a threshold"),
+        ("[" * 20_000, "not valid JSON"),
+        ("nothing", "not valid JSON"),
+        ([1, 2], "expected an object"),
+        (7, "expected a JSON list"),
+    ],
+)
+def test_what_cannot_be_met_is_refused_and_says_so(server: Server, interventions: Any, says: str, stream: bool) -> None:
+    body = {"model": "smollm2", "prompt": [1, 2, 3], "max_tokens": 1, "stream": stream, "vllm_xargs": {"relseek": interventions}}
+    status, answer = server.ask("/v1/completions", body)
+    assert status == 400, answer
+    assert says in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "says"),
+    [
+        ("/v1/chat/completions", {"custom": {"steer_multiplier": 99}}, "outside the declared range"),
+        ("/v1/chat/completions", {"custom": {"steer_multiplier": "1"}}, "must be a number"),
+        ("/v1/chat/completions", {"custom": {"multiplier": 1}}, "steer_multiplier"),
+        ("/v1/chat/completions", {"custom": 1}, "steer_multiplier"),
+        ("/v1/chat/completions", {"relseek": []}, "vllm_xargs"),
+        ("/v1/chat/completions", {"use_beam_search": True, "n": 2, "custom": {"steer_multiplier": 1}}, "beam search"),
+        ("/v1/chat/completions", {"custom": {"steer_multiplier": 1}, "vllm_xargs": {"relseek": "[]"}}, "twice"),
+        ("/v1/chat/completions", {"vllm_xargs": {"relseek_steering": "[]"}}, "the server's own"),
+        ("/v1/chat/completions", {"cache_salt": "relseek:1"}, "the server's own"),
+        ("/v1/messages", {"custom": {"steer_multiplier": 1}}, "cannot be steered"),
+        ("/tokenize", {"vllm_xargs": {"relseek": "[]"}}, "cannot be steered"),
+    ],
+)
+def test_no_way_of_asking_is_dropped_without_a_word(server: Server, path: str, more: dict[str, Any], says: str) -> None:
+    body = {"model": "smollm2", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2, **more}
+    status, answer = server.ask(path, body)
+    assert status == 400, answer
+    assert says in answer["error"]["message"]
+
+
+def test_a_vector_is_registered_while_the_server_runs(server: Server, reference: SteeredModel, vector_folder: tuple[Path, Any]) -> None:
+    steering = [{"vector": "later", "layers": [20], "multiplier": -1.0}]
+    assert server.complete([5, 6, 7], steering)[0] == 400
+    assert server.ask("/v1/relseek/vectors", {"name": "later", "file": "cold.safetensors"})[0] == 200
+    assert server.ask("/v1/relseek/vectors", {"name": "later", "file": "cold.safetensors"})[0] == 200
+    worst = compared(server, reference, {"later": vector_folder[1]["cold"]}, [([5, 6, 7, 8], steering)], 1)
+    assert max(worst.values()) < 1e-4
+    status, answer = server.ask("/v1/relseek/vectors", {"name": "later", "file": "warm.safetensors"})
+    assert status == 400 and "stands for another vector" in answer["error"]["message"]
+    _, listed = server.ask("/v1/relseek/vectors")
+    assert {"later", "warm", "many"} <= {one["name"] for one in listed["vectors"]}
+
+
+def test_only_safetensors_of_the_declared_folder_are_read(server: Server, tmp_path: Path) -> None:
+    import torch
+
+    folder = server.vectors
+    (folder / "narrow.safetensors").write_bytes(b"")
+    torch.save(torch.ones(576), folder / "pickled.pt")
+    os.rename(folder / "pickled.pt", folder / "pickled.safetensors")
+    torch.save(torch.ones(576), folder / "plain.pt")
+    outside = tmp_path / "outside.safetensors"
+    outside.write_bytes((folder / "warm.safetensors").read_bytes())
+    (folder / "link.safetensors").symlink_to(outside)
+    refused = [
+        "../x.safetensors",
+        str(outside),
+        "link.safetensors",
+        "narrow.safetensors",
+        "pickled.safetensors",
+        "plain.pt",
+        ".",
+        "",
+        "a\0b",
+        3,
+        None,
+    ]
+    for file in refused:
+        status, answer = server.ask("/v1/relseek/vectors", {"name": "new", "file": file})
+        assert status == 400, (file, answer)
+    for body in (b"{", b"[]", b'{"name": "new"}', b'{"name": "../new", "file": "warm.safetensors"}'):
+        assert server.ask("/v1/relseek/vectors", body)[0] == 400
+    assert "new" not in {one["name"] for one in server.ask("/v1/relseek/vectors")[1]["vectors"]}
+
+
+def test_health_measures_that_steering_is_live(server: Server) -> None:
+    status, found = server.ask("/v1/relseek/health")
+    assert status == 200 and found["live"]
+    for vector in found["vectors"]:
+        assert vector["largest_change"]["0"] < 1e-4 < 1e-2 < vector["largest_change"]["20"]
+    assert server.ask("/v1/relseek/health?vector=nobody")[0] == 404
+
+
+def test_a_reply_is_steered_to_its_end_whatever_joins_its_batch(server: Server, reference: SteeredModel, vector_folder: tuple[Path, Any]) -> None:
+    """A long reply at one dose, while others with doses of their own come and go beside it."""
+    rng = random.Random(4)
+    steering = [{"vector": "warm", "layers": [14], "multiplier": 1.75}]
+    prompt = [rng.randrange(20, 49000) for _ in range(20)]
+    stop = threading.Event()
+
+    def beside() -> None:
+        own = random.Random(threading.get_ident())
+        while not stop.is_set():
+            server.complete([own.randrange(20, 49000) for _ in range(10)], drawn(own), max_tokens=own.randrange(1, 5))
+
+    others = [threading.Thread(target=beside) for _ in range(4)]
+    for other in others:
+        other.start()
+    try:
+        _, answer = server.complete(prompt, steering, max_tokens=80, ignore_eos=True)
+    finally:
+        stop.set()
+        for other in others:
+            other.join()
+    choice = answer["choices"][0]
+    own, short = shortfall(reference, prompt, choice["token_ids"], hooked(steering, vector_folder[1]))
+    assert len(own) == 80
+    assert np.abs(own - choice["logprobs"]["token_logprobs"]).max() < 1e-4
+    assert short.max() < NEAR_TIE
+
+
+def test_tensor_parallel_serves_the_same(tmp_path: Path, reference: SteeredModel, vector_folder: tuple[Path, Any]) -> None:
+    """Three workers: the model has nine heads and three of keys and values."""
+    with serving(tmp_path, vector_folder[0], "--enforce-eager", "--tensor-parallel-size", "3") as server:
+        worst = compared(server, reference, vector_folder[1], random_requests(min(REQUESTS, 40), 5, reference.tokenizer), CLIENTS)
+        assert max(worst.values()) < 1e-4
+        assert server.ask("/v1/relseek/health")[1]["live"]
