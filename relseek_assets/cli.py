@@ -141,8 +141,8 @@ def _print_plan(tasks: list[Task]) -> None:
     total, dollars = sum(task.seconds for task in tasks), sum(task.bill.usd or 0.0 for task in tasks)
     unknown = " and what is not known before the requests are made" if any(task.bill.usd is None for task in tasks) else ""
     click.echo(
-        f"about {total / 60:.1f} minutes, {_usd(dollars)} USD{unknown} (seconds from earlier runs here; ~ marks a stated estimate for two cores; ? is not "
-        "known yet)"
+        f"about {total / 60:.1f} minutes, {_usd(dollars)} USD{unknown} (seconds from earlier runs here; ~ marks a stated estimate for two cores; "
+        "? is not known yet)"
     )
     for task in tasks:
         for line in (*task.bill.lines, *task.bill.refusal.splitlines()):

@@ -279,6 +279,7 @@ def _import_cells(workspace: Workspace, name: str, frame: pd.DataFrame, file: Pa
     if frame.empty:
         raise ExchangeError(f"{file}: no rows")
     schema = workspace.catalogue[name].schema_of(None)
+    frame = frame.reindex(columns=list(schema.names))  # what a file does not say of a language judge's answers is null
     parts = {
         _partition(workspace, name, str(site), int(epoch), float(multiplier), str(file)): part
         for (site, epoch, multiplier), part in frame.groupby(list(CELL))

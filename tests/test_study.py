@@ -317,8 +317,18 @@ JUDGE_FAULTS = {
     "no budget": ("budget_usd = 5.0\n", "", "judges.0.budget_usd", "add it"),
     "negative budget": ("budget_usd = 5.0", "budget_usd = -1.0", "judges.0.budget_usd", "(found -1.0); correct it"),
     "another way to ask": ('"openai_batch"', '"anthropic"', "judges.0.kind", "'openai_batch'"),
-    "concurrency of a batch": ("budget_usd = 5.0", "budget_usd = 5.0\nconcurrency = 4", "judges.0", "is not read by a judge of the kind 'openai_batch'"),
-    "window of one asked at once": ("pairwise = false", 'pairwise = false\nwindow = "24h"', "judges.1", "window is not read by a judge of the kind 'openai'"),
+    "concurrency of a batch": (
+        "budget_usd = 5.0",
+        "budget_usd = 5.0\nconcurrency = 4",
+        "judges.0",
+        "is not read by a judge of the kind 'openai_batch'",
+    ),
+    "window of one asked at once": (
+        "pairwise = false",
+        'pairwise = false\nwindow = "24h"',
+        "judges.1",
+        "window is not read by a judge of the kind 'openai'",
+    ),
     "model without a price": ("price = { prompt = 0.0, completion = 0.0 }", "", "judges.1", "set prompt and completion"),
     "misspelt": ("pairwise = false", "pairwize = false", "judges.1.pairwize", "did you mean 'pairwise'"),
 }

@@ -139,10 +139,11 @@ def _bills(stage: Stage, kind: str) -> Callable[[Path, Sequence[str | None]], Bi
 
 
 def requests_of(work: Work, partition: str | None) -> pd.DataFrame:
-    """All requests of a site and epoch."""
-    frames = [work.read_table("rating_requests", key) for key in work.upstream("rating_requests", partition)]
+    """All requests of a site and epoch, without the names of their examples, which nobody who sends or collects asks for."""
+    unread = ("examples",)
+    frames = [work.read_table("rating_requests", key, unread) for key in work.upstream("rating_requests", partition)]
     if "pairwise_requests" in work.catalogue:
-        frames.append(work.read_table("pairwise_requests", partition))
+        frames.append(work.read_table("pairwise_requests", partition, unread))
     return pd.concat(frames, ignore_index=True)
 
 

@@ -86,7 +86,7 @@ def collection(study: Study) -> dg.JobDefinition:
     its own, as in `relseek run`; they stand beside this one in the list of runs.
     """
 
-    @dg.op(name=OP, config_schema={"partition": str}, required_resource_keys={"store"}, out={}, description=ABOUT.capitalize() + ".")
+    @dg.op(name=OP, config_schema={"partition": str}, required_resource_keys={"store"}, description=ABOUT.capitalize() + ".")
     def collect(context: dg.OpExecutionContext) -> None:
         from relseek_assets.planning import Workspace  # which assembles this module
 

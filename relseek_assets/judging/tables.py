@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import combinations
 from statistics import NormalDist
 from typing import Any
@@ -197,9 +198,12 @@ def reader(requests: pd.DataFrame, rubrics: Mapping[str, Rubric]) -> Callable[[s
     """Reads the answer to one of `requests`, given its custom_id: a rating on the scale of its rubric, or a choice."""
     tasks = dict(zip(requests["custom_id"], zip(requests["task"], requests["rubric"], strict=True), strict=True))
 
-    def accept(custom_id: str, raw: str) -> Reading:
-        task, name = tasks[custom_id]
+    @lru_cache(maxsize=1000)  # a million answers are mostly a dozen texts
+    def read(task: str, name: str, raw: str) -> Reading:
         return read_choice(raw) if task == "pairwise" else read_score(raw, rubrics[name].scale_min, rubrics[name].scale_max)
+
+    def accept(custom_id: str, raw: str) -> Reading:
+        return read(*tasks[custom_id], raw)
 
     return accept
 

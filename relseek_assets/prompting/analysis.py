@@ -23,7 +23,8 @@ from relseek_assets.prompting.tables import ATTACK_SHIFTS, BOTH, HEAD_TO_HEAD, L
 def level_models(scores: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Slopes and fits of score ~ (λ + λ²) x author with a random intercept an item, one model a rubric and judge (spec/pipeline.md, 5.1).
 
-    The steered model is the reference, as in the published contrasts. A judge that has not rated the steered model and another author is left out.
+    The steered model is the reference, as in the published contrasts. A judge that has not rated the steered model and another author is left out,
+    and so is one that gave everything the same score.
 
     Returns:
         tables of LEVEL_SLOPES and LEVEL_MODELS.
@@ -32,7 +33,7 @@ def level_models(scores: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     fits: list[dict[str, Any]] = []
     for (rubric, judge), part in scores[scores["score"].notna()].groupby(["rubric", "judge"]):
         authors = sorted(set(part["author"]), key=lambda author: (author != STEERED, author))
-        if authors[0] != STEERED or len(authors) < 2:
+        if authors[0] != STEERED or len(authors) < 2 or part["score"].nunique() < 2:
             continue
         found = fit_levels(part, authors)
         variances = dict(zip(found.variances["grp"], found.variances["vcov"], strict=True))

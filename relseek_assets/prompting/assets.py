@@ -425,6 +425,12 @@ def _analysed(stage: Stage, wanted: Prompting) -> None:
     def level_slopes(work: Work) -> Iterator[dg.AssetMaterialization]:
         scores = all_scores(work, wanted)
         frame, _ = analysis.level_models(scores)
+        for rubric, judge in sorted(
+            set(zip(scores["rubric"], scores["judge"], strict=True)) - set(zip(frame["rubric"], frame["judge"], strict=True))
+        ):
+            work.log.warning(
+                f"no slopes of {rubric} by {judge}: it has not rated both the steered model and an author, or all its scores are one number"
+            )
         drawings = {f"plot_{rubric}": plot(figures.levels(analysis.level_means(scores, frame), rubric)) for rubric in frame["rubric"].unique()}
         yield work.table(None, frame, drawings)
 

@@ -10,6 +10,7 @@ import pandas as pd
 from relseek_assets.behaviour import FILES, read_toml
 from relseek_assets.reports import axis_page, page, trial_page
 from relseek_assets.stage import PAGE, Stage, Work
+from relseek_assets.study import EMBEDDED
 
 GROUP = "reports"
 PARTITIONED = ("dose_response", "training_metrics", "sweep_summary")
@@ -51,6 +52,8 @@ def _report(stage: Stage) -> None:
             keys = work.upstream(name, None)
             tables[name] = pd.concat([work.read_table(name, key) for key in keys], ignore_index=True)
             versions[name] = [("" if key is None else str(key), work.version(name, key) or "") for key in keys]
+        for name in ("judge_scores", "dose_response"):  # of several judges the one by whom the vector was selected
+            tables[name] = tables[name][tables[name]["judge"].map(study.selects_by)]
         facts = page.Facts(
             study={
                 "name": study.name,
@@ -59,6 +62,7 @@ def _report(stage: Stage) -> None:
                 "sites": len(study.sites),
                 "doses": len(study.doses.generated),
                 "items": tables["generations"]["item"].nunique(),
+                "judge": "" if study.judge.name == EMBEDDED else study.judge.name,
             },
             behaviour=definition,
             tables=tables,

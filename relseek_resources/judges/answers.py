@@ -79,7 +79,7 @@ def read_score(raw: str | None, low: float = 1.0, high: float = 10.0) -> Reading
             value = float(value)
         except ValueError:
             return Reading("unreadable")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value < math.inf:
         return Reading("unreadable")
     return Reading("scored", score=float(value)) if low <= value <= high else Reading("out_of_range")
 

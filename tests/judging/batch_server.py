@@ -6,8 +6,8 @@
     python tests/judging/batch_server.py --port 8123 [--looks 2] [--seed 7]      # a process; prints its base URL, then serves until it is killed
 
 A batch goes one status along its path at every look (list or retrieve). How it goes is its `Plan`; what becomes of one request is its line's fate;
-what becomes of a call is its `Fault`. `Chaos` draws all three from a seed, a limited number of each, so that every schedule comes to an end. A process
-is told the same over HTTP: POST /_control {"reset": true, "plans": [...], "fates": {...}, "faults": [...], "seed": 3}, GET /_state.
+what becomes of a call is its `Fault`. `Chaos` draws all three from a seed, a limited number of each, so that every schedule comes to an end. A
+process is told the same over HTTP: POST /_control {"reset": true, "plans": [...], "fates": {...}, "faults": [...], "seed": 3}, GET /_state.
 
 Everything about the shapes is from OpenAI's public interface description. Only the standard library is used.
 """

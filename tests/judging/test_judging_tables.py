@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations
 from math import comb
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 from relseek_assets.behaviour import Band, Rubric
 from relseek_assets.judging import tables
+from relseek_resources.judges.answers import STATUSES, Answer
 
 BANDS = tuple(Band(low, high, f"band {low}", "anchor") for low, high in ((1, 1), (2, 3), (4, 5), (6, 7), (8, 9), (10, 10)))
 WARMTH = Rubric("warmth", 1, 10, "How warm?", "Rate.", BANDS)
@@ -162,3 +164,89 @@ def test_only_the_paired_doses_meet_and_only_within_a_site_and_item() -> None:
     scores = pd.concat([scored({-2.0: 1.0, 0.0: 2.0, 2.0: 3.0}), scored({0.0: 5.0}, "i1"), scored({0.0: 5.0, 2.0: 1.0}, site="m:L15")])
     frame = tables.pair_rows(scores, [0.0, 2.0])
     assert list(frame[["site", "item", "winner"]].itertuples(index=False, name=None)) == [("m:L03", "i0", "b"), ("m:L15", "i0", "a")]
+
+
+# --- language judges --------------------------------------------------------------------------------------------------
+
+
+def rating(custom_id: str, item: str, rubric: str = "warmth", judge: str = "gpt") -> dict[str, Any]:
+    keys = {"site": "m:L03", "epoch": 2, "multiplier": 0.5, "multiplier_a": NAN, "multiplier_b": NAN, "first_shown": None}
+    return {"custom_id": custom_id, "judge": judge, "task": "rating", "rubric": rubric, "item": item, **keys}
+
+
+def comparison(custom_id: str, first_shown: str) -> dict[str, Any]:
+    keys = {"site": "m:L03", "epoch": 2, "item": custom_id, "multiplier": NAN, "multiplier_a": -1.0, "multiplier_b": 1.0}
+    return {"custom_id": custom_id, "judge": "gpt", "task": "pairwise", "rubric": "warmth", "first_shown": first_shown, **keys}
+
+
+def rows_of(requests: list[dict[str, Any]], answers: list[Answer]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    asked = pd.DataFrame(requests)
+    return asked, tables.answer_rows(answers, asked, tables.reader(asked, {"warmth": WARMTH}))
+
+
+def test_an_answer_is_a_score_with_its_band_and_its_price() -> None:
+    asked, answered = rows_of([rating("r1", "i0")], [Answer("r1", "scored", '{"score": 7}', "gpt-x", 120, 5, 0.25, 2, "batch_1")])
+    frame = tables.language_scores(replies("one"), asked, answered, [WARMTH])
+    row = tables.LANGUAGE_SCORES.to_arrow(frame, "scores").to_pylist()[0]
+    assert (row["score"], row["status"], row["band"], row["attempt"], row["cost_usd"]) == (7.0, "scored", "band 6", 2, 0.25)
+    assert (row["raw"], row["model"], row["prompt_tokens"], row["completion_tokens"]) == ('{"score": 7}', "gpt-x", 120, 5)
+    assert (row["site"], row["epoch"], row["multiplier"], row["item"], row["judge"], row["rubric"]) == ("m:L03", 2, 0.5, "i0", "gpt", "warmth")
+
+
+@pytest.mark.parametrize("status", [status for status in STATUSES if status != "scored"])
+def test_what_is_no_score_is_a_row_with_its_status(status: str) -> None:
+    raw = "Nine, I should say." if status in ("unreadable", "cut_off", "refused") else "11" if status == "out_of_range" else None
+    asked, answered = rows_of([rating("r1", "i0")], [Answer("r1", status, raw)])
+    row = tables.LANGUAGE_SCORES.to_arrow(tables.language_scores(replies("one"), asked, answered, [WARMTH]), "scores").to_pylist()[0]
+    assert (row["score"], row["band"], row["status"], row["raw"]) == (None, None, status, raw)
+
+
+def test_an_empty_reply_is_put_to_nobody_and_has_a_row_for_every_judge_and_rubric() -> None:
+    requests = [rating(f"{judge}{rubric}", "i0", rubric, judge) for judge in ("gpt", "local") for rubric in ("warmth", "coherence")]
+    answers = [Answer(request["custom_id"], "scored", "5") for request in requests]
+    rubrics = {"warmth": WARMTH, "coherence": Rubric("coherence", 1, 10, "?", "Rate.", BANDS)}
+    asked = pd.DataFrame(requests)
+    answered = tables.answer_rows(answers, asked, tables.reader(asked, rubrics))
+    frame = tables.language_scores(replies("one", "  "), asked, answered, rubrics.values())
+    assert sorted(frame[frame["item"] == "i1"][["judge", "rubric", "status"]].itertuples(index=False, name=None)) == [
+        ("gpt", "coherence", "empty_reply"),
+        ("gpt", "warmth", "empty_reply"),
+        ("local", "coherence", "empty_reply"),
+        ("local", "warmth", "empty_reply"),
+    ]
+    assert len(frame) == 8
+    assert tables.LANGUAGE_SCORES.to_arrow(frame, "scores").num_rows == 8
+
+
+def test_the_reply_called_a_is_the_one_that_was_shown_first() -> None:
+    asked, answered = rows_of(
+        [comparison("aA", "a"), comparison("aB", "a"), comparison("bA", "b"), comparison("bB", "b")],
+        [Answer(name, "scored", f'{{"answer": "{name[1]}"}}') for name in ("aA", "aB", "bA", "bB")],
+    )
+    frame = tables.language_pairs(asked, answered)
+    assert dict(zip(frame["item"], frame["winner"], strict=True)) == {"aA": "a", "aB": "b", "bA": "b", "bB": "a"}
+    assert set(frame["status"]) == {"judged"}
+    assert tables.LANGUAGE_PAIRS.to_arrow(frame, "pairs").num_rows == 4
+
+
+@pytest.mark.parametrize("raw", ["C", "a", "Both.", "", "A or B", '{"answer": "a"}', '{"choice": "A"}'])
+def test_an_answer_that_is_neither_a_nor_b_wins_for_nobody(raw: str) -> None:
+    """The published conversion counts it for the reply shown second (spec, section 4.4)."""
+    asked, answered = rows_of([comparison("c", "a")], [Answer("c", "unreadable", raw)])
+    row = tables.LANGUAGE_PAIRS.to_arrow(tables.language_pairs(asked, answered), "pairs").to_pylist()[0]
+    assert (row["winner"], row["status"], row["raw"]) == (None, "unreadable", raw)
+
+
+def test_a_comparison_is_not_read_as_a_rating_nor_a_rating_as_a_comparison() -> None:
+    asked = pd.DataFrame([rating("r1", "i0"), comparison("c1", "a")])
+    accept = tables.reader(asked, {"warmth": WARMTH})
+    assert [accept("r1", text).status for text in ("7", "A")] == ["scored", "unreadable"]
+    assert [accept("c1", text).status for text in ("7", "A")] == ["unreadable", "scored"]
+
+
+def test_rows_of_embedded_judges_stand_before_those_of_language_judges() -> None:
+    asked, answered = rows_of([rating("r1", "i0")], [Answer("r1", "scored", "5")])
+    embedded = tables.score_rows(replies("one"), WARMTH, "embedded", np.array([3.0]))
+    frame = tables.with_language(embedded, tables.language_scores(replies("one"), asked, answered, [WARMTH]), tables.LANGUAGE_SCORES)
+    rows = tables.LANGUAGE_SCORES.to_arrow(frame, "scores").to_pylist()
+    assert [(row["judge"], row["score"], row["raw"], row["prompt_tokens"]) for row in rows] == [("embedded", 3.0, None, None), ("gpt", 5.0, "5", 0)]

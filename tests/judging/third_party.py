@@ -143,9 +143,9 @@ def environment(requirement: str, interpreter: str, cache: Path) -> Path:
             try:
                 done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=INSTALL_SECONDS)
             except subprocess.TimeoutExpired as late:
-                raise Unavailable(f"{' '.join(command)} took more than {INSTALL_SECONDS:.0f} s") from late
+                raise Unavailable(f"{requirement} cannot be installed: {' '.join(command)} took more than {INSTALL_SECONDS:.0f} s") from late
             if done.returncode:
-                raise Unavailable(f"{' '.join(command)} failed: {done.stdout.strip()[-500:]}")
+                raise Unavailable(f"{requirement} cannot be installed: {done.stdout.strip()[-500:]}")
         finished.touch()
     return python
 

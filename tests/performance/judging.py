@@ -40,7 +40,7 @@ ITEMS, SEED = 245, 11
 PROMPT_WORDS, REPLY_WORDS = (20, 120), (60, 96)  # a reply of 78 words has about 100 tokens
 MEMORY = 1.5  # GiB
 GROWTH = 1.25  # times the processor's seconds for each judgement that 34 vectors may take over 9
-PAIRS, FASTER = 5, 20.0
+PAIRS, FASTER = 7, 20.0
 WORDS = (
     "the a of to and in that it you we for is on with as this be are not but can from one more about what when how there which some time just like "
     "people know think make good well first way even new want because any give day most us feel help question answer evening garden letter morning "
@@ -163,7 +163,7 @@ def build(replies: pd.DataFrame, rubrics: dict[str, Rubric], folder: Path) -> No
 
 def requests(folder: Path) -> pd.DataFrame:
     paths = [*(folder / f"rating {dose:g}.parquet" for dose in STUDY.doses.generated), folder / "pairwise.parquet"]
-    return pd.concat([read_table(path, REQUESTS) for path in paths], ignore_index=True)
+    return pd.concat([read_table(path, REQUESTS, without=("examples",)) for path in paths], ignore_index=True)
 
 
 def collect(ledger: Ledger, client: Any, site: str, rubrics: dict[str, Rubric], folder: Path) -> bool:

@@ -140,6 +140,7 @@ def test_a_whole_run_makes_every_table_of_both_experiments(finished_prompting: P
     assert set(scores["rubric"]) == {"relationship", "coherence"}
     slopes = finished_prompting.table("level_slopes")
     assert {"steered", "local", "remote"} == set(slopes["author"])
+    assert "asked" not in set(slopes["judge"]), "a judge that says 7 to everything measures no slope"
     shares = finished_prompting.table("head_to_head")
     assert {"asked"} < set(shares["judge"])
     conversations = finished_prompting.table("attack_conversations")

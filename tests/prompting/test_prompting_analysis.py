@@ -47,11 +47,12 @@ def test_slopes_agree_with_statsmodels_whatever_the_authors_are_called() -> None
     assert model["icc"] == pytest.approx(model["variance_item"] / (model["variance_item"] + model["variance_residual"]))
 
 
-def test_a_judge_that_rated_the_steered_model_alone_or_not_at_all_has_no_slopes() -> None:
+def test_a_judge_that_did_not_rate_both_sides_or_said_one_thing_alone_has_no_slopes() -> None:
     scores = drawn_scores()
     alone = scores[scores["author"] == STEERED].assign(judge="alone")
     never = scores[scores["author"] != STEERED].assign(judge="never")
-    slopes, models = level_models(pd.concat([scores, alone, never]))
+    constant = scores.assign(judge="constant", score=7.0)
+    slopes, models = level_models(pd.concat([scores, alone, never, constant]))
     assert set(slopes["judge"]) == set(models["judge"]) == {"j"}
     assert [len(frame) for frame in level_models(alone)] == [0, 0]
 
