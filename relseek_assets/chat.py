@@ -105,11 +105,40 @@ class Served:
         self.history.clear()
 
 
-def connected(url: str, key: str | None, model: str | None, vector: str | None, multiplier: float, sampling: Sampling, seed: int, system: str) -> Served:
-    """A conversation with the server at `url`.
+@dataclass(frozen=True)
+class Endpoint:
+    """A server that answers. `vectors` are as it lists them, by name; `offered` is that list whole (`GET /v1/relseek/vectors`)."""
+
+    url: str
+    client: Any
+    model: str
+    offered: dict[str, Any]
+
+    @property
+    def vectors(self) -> dict[str, dict[str, Any]]:
+        return {one["name"]: one for one in self.offered["vectors"]}
+
+    def vector(self, name: str | None = None) -> dict[str, Any] | None:
+        """The vector of this name, or the server's own choice; None where it offers none and none is named.
+
+        Raises:
+            ChatError: no such vector, or several and none is named.
+        """
+        vectors = self.vectors
+        wanted = name or (self.offered["default"] or {}).get("vector") or (next(iter(vectors)) if len(vectors) == 1 else None)
+        if wanted in vectors:
+            return vectors[wanted]
+        if wanted is None and not vectors:
+            return None
+        fault = "name one with --vector" if wanted is None else f"the server has no vector {wanted!r}"
+        raise ChatError(f"{self.url}: {fault}; there is {', '.join(vectors) or 'none'}")
+
+
+def endpoint(url: str, key: str | None = None, model: str | None = None) -> Endpoint:
+    """The server at `url`.
 
     Raises:
-        ChatError: nobody answers there, the key is refused, or there is no such model or vector.
+        ChatError: nobody answers there, the key is refused, or there is no such model.
     """
     import openai
 
@@ -117,17 +146,12 @@ def connected(url: str, key: str | None, model: str | None, vector: str | None, 
     client = openai.OpenAI(base_url=base if base.endswith("/v1") else f"{base}/v1", api_key=key or "none", max_retries=1)
     try:
         models = [one.id for one in client.models.list()]
-        offered: Any = _offered(client)
+        offered = _offered(client)
     except openai.OpenAIError as error:
         raise ChatError(f"{url}: {_told(error)}; `relseek serve` starts a server and prints its address, --key gives its key") from error
     if not models or model not in (None, *models):
         raise ChatError(f"{url}: the server has no model {model!r}; there is {', '.join(models) or 'none'}")
-    vectors = {one["name"]: one for one in offered["vectors"]}
-    name = vector or (offered["default"] or {}).get("vector") or (next(iter(vectors)) if len(vectors) == 1 else None)
-    if name not in vectors and (name is not None or vectors):
-        wanted = "name one with --vector" if name is None else f"the server has no vector {name!r}"
-        raise ChatError(f"{url}: {wanted}; there is {', '.join(vectors) or 'none'}")
-    return Served(client, model or models[0], vectors.get(name) if name else None, multiplier, sampling, seed, system)
+    return Endpoint(url, client, model or models[0], offered)
 
 
 def _offered(client: Any) -> Any:
@@ -279,10 +303,10 @@ def chat(
     if where.startswith(("http://", "https://")):
         if site is not None or epoch is not None:
             raise click.UsageError("--site and --epoch go with a STUDY; a server has vectors by name: --vector NAME")
-        served = connected(where, key, model, vector, multiplier, sampling, seed, system)
-        steered = served.vector["name"] if served.vector else "no vector"
-        click.echo(f"{served.model} at {where}, {steered}, λ {multiplier:g}\n{HELP}", err=True)
-        talk: Talk = served
+        server = endpoint(where, key, model)
+        chosen = server.vector(vector)
+        click.echo(f"{server.model} at {where}, {chosen['name'] if chosen else 'no vector'}, λ {multiplier:g}\n{HELP}", err=True)
+        talk: Talk = Served(server.client, server.model, chosen, multiplier, sampling, seed, system)
     else:
         if vector is not None or model is not None:
             raise click.UsageError("--vector and --model go with a URL; for a STUDY give --site and --epoch, or use `relseek steer`")

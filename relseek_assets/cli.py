@@ -18,6 +18,8 @@ import click
 # Two torch threads that spin while they wait starve each other as soon as anything else runs; must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from relseek_assets.arms import arms
+from relseek_assets.chat import chat
 from relseek_assets.commands import Group as _Group
 from relseek_assets.commands import explained as _explained
 from relseek_assets.commands import workspace_of as _workspace
@@ -473,6 +475,8 @@ def import_scores(study: str, file: Path, note: str) -> None:
 main.add_command(batches)
 main.add_command(vectors)
 main.add_command(steer)
+main.add_command(chat)
+main.add_command(arms)
 
 
 @main.command()

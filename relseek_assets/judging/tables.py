@@ -252,7 +252,8 @@ def language_pairs(requests: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFram
     found = _with_answers(requests, answers)
     choice, first = (found[name].to_numpy(object) for name in ("choice", "first_shown"))
     second = np.where(first == "a", "b", "a").astype(object)
-    found["winner"] = np.where(choice == "A", first, np.where(choice == "B", second, None))
+    nobody = np.full(len(found), None)
+    found["winner"] = np.where(choice == "A", first, np.where(choice == "B", second, nobody))
     found["status"] = found["status"].where(found["status"] != "scored", "judged")
     return found.reindex(columns=list(LANGUAGE_PAIRS.names))
 

@@ -11,7 +11,7 @@ from relseek_resources import models
 from relseek_resources.models import Add, Intervention, Sampling
 from tests.performance.comparison import Comparison, compare
 
-PAIRS, TURNS, ROWS, TOKENS = 30, 4, 8, 8
+PAIRS, TURNS, ROWS, TOKENS = 30, 2, 8, 8
 LAYER = 14
 WITHIN = 0.03
 QUESTIONS = ("Why do leaves turn red in autumn?", "How do I boil an egg?", "What is a prime number?", "Tell me about the moon.")

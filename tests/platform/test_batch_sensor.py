@@ -159,3 +159,20 @@ def test_a_group_is_cancelled_from_the_terminal_once_it_is_confirmed(sent: Any, 
     assert len([call for call in server.calls if call.endswith("/cancel")]) == 1
     unknown = sent.command("batches", "STUDY", "--cancel", "gpt/m:L09/e02", "--yes")
     assert unknown.exit_code == 2 and "no group 'gpt/m:L09/e02'; there is gpt/m:L01/e02" in unknown.output
+
+
+@pytest.mark.slow
+def test_what_is_in_flight_is_left_out_of_a_run_from_the_ui_and_fails_nothing(sent: Any, server: BatchServer) -> None:
+    chosen = [dg.AssetKey(["tiny", name]) for name in ("judge_answers", "judge_pairs", "dose_response")]
+    before = sent.stored()
+    with location(sent) as here:
+        job = here.repository.get_implicit_global_asset_job_def().get_subset(asset_selection=set(chosen))
+        tags = {"dagster/asset_partition_range_start": SITE_AND_EPOCH, "dagster/asset_partition_range_end": SITE_AND_EPOCH}
+        made = job.execute_in_process(instance=here.instance, tags=tags, raise_on_error=False)
+        assert made.success
+        assert not [event for event in made.all_events if event.is_step_materialization]
+        said = [record.user_message for record in here.instance.all_logs(made.run_id)]
+    assert any("36 requests are in flight" in text for text in said)
+    assert any("judge_pairs: 1 of 1 partitions left out: waits for batch batch_" in text for text in said)
+    changed = {path for path, sha256 in sent.stored().items() if before.get(path) != sha256}
+    assert not [path for path in changed if path.endswith(".parquet")]

@@ -33,13 +33,11 @@ def test_the_shipped_study_attacks_the_ends_and_the_middle_by_every_author(tmp_p
     study = study_of(tmp_path, added=ENDPOINT)
     assert study.prompting is not None
     assert study.prompting.attacked_levels == (1, 4, 7)
-    assert set(study.attacked_conversations) == {
-        f"{author}@{theme}" for author in ("steered", "persona", "prompted", "far") for theme in ("casual", "ethics", "learning")
-    }
+    assert set(study.attacked_conversations) == {f"{author}@casual" for author in ("steered", "persona", "prompted", "far")}
 
 
 def test_no_theme_named_is_every_theme_and_no_level_the_ends_and_the_middle(tmp_path: Path) -> None:
-    study = study_of(tmp_path, ('themes = ["casual", "ethics", "learning"] ', ""), ("attacked = [1, 4, 7]", ""))
+    study = study_of(tmp_path, ('themes = ["casual"] ', ""), ("attacked = [1, 4, 7]", ""))
     assert study.prompting is not None
     assert study.prompting.attacked_levels == (1, 4, 7)
     assert len(study.attacked_conversations) == 3 * 5
@@ -58,12 +56,12 @@ def test_no_theme_named_is_every_theme_and_no_level_the_ends_and_the_middle(tmp_
         ('site = "smollm2-135m:L12"', 'site = "smollm2-135m:L13"', "prompting.site: 'smollm2-135m:L13' is no site of this study"),
         (':L12"\nepoch = 2', ':L12"\nepoch = 1', "prompting.epoch: 1 is not evaluated"),
         ("attacked = [1, 4, 7]", "attacked = [8]", "attacked: [8] are no levels"),
-        ('themes = ["casual",', 'themes = ["casul",', "prompting.themes: 'casul' is no theme of persona_attacks.toml"),
+        ('themes = ["casual"]', 'themes = ["casul"]', "prompting.themes: 'casul' is no theme of persona_attacks.toml"),
         ('name = "prompted"', 'name = "steered"', "not `steered` or `persona`"),
         ('kind = "model"', 'kind = "openai"', "model: missing; an author behind an endpoint needs it"),
         ('kind = "model"', 'kind = "model"\nbudget_usd = 3.0', "budget_usd is not read by an author of the kind 'model'"),
         ('kind = "model"', 'kind = "published"', "published ones are compared with published scores"),
-        ("examples = 2", "exmples = 2", "did you mean 'examples'?"),
+        ("examples = 1", "exmples = 1", "did you mean 'examples'?"),
     ],
 )
 def test_a_faulty_section_is_refused_with_its_key_and_the_remedy(tmp_path: Path, old: str, new: str, fault: str) -> None:

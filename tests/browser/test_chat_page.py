@@ -1,0 +1,413 @@
+"""What a person does on the chat page, done in headless Chromium: compare doses, vote blind, look back, take the record home.
+
+The model is tiny and random; what the page shows is compared with the forward-hook model's own replies and projections.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.xdist_group("browser")]
+
+PROMPT = "Will you miss me?"
+
+
+@pytest.fixture(scope="module")
+def model(random_causal_lm: Any, byte_tokenizer: Any) -> Any:
+    from relseek_resources.models import SteeredModel
+
+    return SteeredModel(random_causal_lm("llama"), byte_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def engine(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    from relseek_resources.serving.engine import Engine
+    from tests.serving.sockets import two_vectors
+
+    found = Engine(model, two_vectors(tmp_path_factory.mktemp("vectors")), name="tiny")
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def url(engine: Any) -> Iterator[str]:
+    from relseek_resources.serving import chat
+    from relseek_resources.serving.server import Settings, create_app
+    from tests.serving.sockets import listening
+
+    with listening(create_app(engine, Settings(rate=0), chat.routes())) as found:
+        yield found
+
+
+class Chat:
+    """The page in a window of its own, with the settings that make replies short and sure."""
+
+    def __init__(self, page: Any, url: str, *, tokens: int = 24) -> None:
+        from playwright.sync_api import expect
+
+        self.page, self.expect = page, expect
+        self.faults: list[str] = []
+        page.on("console", lambda message: self.faults.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: self.faults.append(str(error)))
+        page.goto(url)
+        expect(page.locator(".panel")).to_have_count(3)
+        page.click("#settings-button")
+        page.fill("#temperature", "0")
+        page.fill("#max-tokens", str(tokens))
+        page.click("#settings-button")
+
+    def say(self, text: str = PROMPT, *, wait: bool = True) -> None:
+        self.page.fill("#message", text)
+        self.page.press("#message", "Enter")
+        if wait:
+            self.rest()
+
+    def rest(self) -> None:
+        """Until nothing is being written."""
+        self.expect(self.page.locator("#stop")).to_be_hidden()
+        self.expect(self.page.locator(".going")).to_have_count(0)
+
+    def panel(self, place: int) -> Any:
+        return self.page.locator(".panel").nth(place)
+
+    def texts(self, place: int) -> list[str]:
+        return self.panel(place).locator(".message .text").evaluate_all("found => found.map(one => one.textContent)")
+
+    def export(self) -> list[dict[str, Any]]:
+        with self.page.expect_download() as download:
+            self.page.click("#export")
+        return [json.loads(line) for line in Path(download.value.path()).read_text().splitlines()]
+
+
+@pytest.fixture
+def chat(browser: Any, url: str, screenshots: Path, request: pytest.FixtureRequest) -> Iterator[Chat]:
+    context = browser.new_context(viewport={"width": 1400, "height": 900}, locale="en-GB")
+    context.set_default_timeout(60_000)
+    page = context.new_page()
+    found = Chat(page, url)
+    failed = request.session.testsfailed
+    yield found
+    if request.session.testsfailed > failed:
+        page.screenshot(path=screenshots / f"failed_{request.node.name}.png")
+    context.close()
+    assert not found.faults, found.faults
+
+
+def reference(model: Any, engine: Any, dose: float, *turns: str, name: str = "warm") -> str:
+    from relseek_resources.models import Add, Sampling
+
+    messages = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(turns)]
+    vector = engine.vectors.by_name[name]
+    with model.intervene([Add(vector.at(vector.home[0]), vector.home[0], dose)]):
+        return model.generate([messages], Sampling(temperature=0, max_new_tokens=24), seeds=[0])[0].text
+
+
+# --- side by side -------------------------------------------------------------------------------------------------------
+
+
+def test_three_panels_answer_one_prompt_streaming_each_at_its_own_dose(chat, model, engine):
+    chat.page.click("#settings-button")
+    chat.page.fill("#max-tokens", "400")
+    chat.page.click("#settings-button")
+    chat.say(wait=False)
+    chat.expect(chat.page.locator(".going .text", has_text=re.compile("."))).to_have_count(3)  # all three are at it, and none has finished
+    early = [len(chat.texts(place)[1]) for place in range(3)]
+    chat.rest()
+    assert all(before < len(chat.texts(place)[1]) for place, before in enumerate(early))
+    for place, dose in enumerate((-1.0, 0.0, 1.0)):
+        said, reply = chat.texts(place)
+        assert said == PROMPT and reply.startswith(reference(model, engine, dose, PROMPT))
+
+
+def test_the_slider_moves_by_quarters_within_the_servers_range_and_the_next_reply_follows_it(chat, model, engine):
+    slider = chat.panel(2).locator(".slider")
+    assert [slider.get_attribute(name) for name in ("min", "max", "step")] == ["-2", "2", "0.25"]
+    slider.focus()
+    for _ in range(2):
+        chat.page.keyboard.press("ArrowRight")
+    assert slider.get_attribute("aria-valuetext") == "λ +1.50"
+    chat.panel(0).locator("select").select_option("cold")
+    chat.say()
+    assert chat.texts(2)[1] == reference(model, engine, 1.5, PROMPT)
+    assert chat.texts(0)[1] == reference(model, engine, -1.0, PROMPT, name="cold")
+
+
+def test_one_panel_can_be_spoken_to_alone(chat):
+    chat.page.select_option("#to", label="Panel 2")
+    chat.say()
+    assert [len(chat.texts(place)) for place in range(3)] == [0, 2, 0]
+
+
+def test_each_replys_projection_is_the_models_own_as_it_was_steered(chat, model, engine):
+    from relseek_resources.models import Add
+
+    chat.say()
+    chat.say("And now?")
+    chat.expect(chat.page.locator(".figures", has_text="projection")).to_have_count(6)
+    chat.expect(chat.page.locator(".drift")).to_have_count(3)
+    vector = engine.vectors.by_name["warm"].at(1)
+    for turn in chat.export():
+        asked, reply = turn["messages"], turn["reply"]
+        with model.intervene([Add(vector, 1, turn["multiplier"])]):
+            steered = float(model.projections([asked], vector, [1], [reply])[0, 0])
+        assert turn["projection"] == pytest.approx(steered, abs=1e-3)
+        assert turn["projection_unsteered"] == pytest.approx(float(model.projections([asked], vector, [1], [reply])[0, 0]), abs=1e-3)
+        assert turn["projection_layer"] == 1
+
+
+# --- going back ---------------------------------------------------------------------------------------------------------
+
+
+def test_regenerating_keeps_the_earlier_version_to_return_to(chat):
+    chat.page.click("#settings-button")
+    chat.page.fill("#temperature", "1")
+    chat.page.click("#settings-button")
+    chat.say()
+    first = chat.texts(0)[1]
+    chat.panel(0).get_by_role("button", name="Regenerate").click()
+    chat.rest()
+    second = chat.texts(0)[1]
+    assert second != first and chat.panel(0).locator(".which").inner_text() == "2/2"
+    chat.panel(0).get_by_role("button", name="Earlier version").click()
+    assert chat.texts(0)[1] == first
+    assert [turn["reply"] for turn in chat.export() if turn["shown"]].count(first) == 1
+
+
+def test_an_edited_message_is_answered_anew_beside_what_was_said(chat, model, engine):
+    chat.say()
+    chat.say("And now?")
+    before = chat.texts(1)
+    chat.panel(1).get_by_role("button", name="Edit").first.click()
+    box = chat.panel(1).get_by_label("Edit your message")
+    box.fill("Do you like me?")
+    box.press("Enter")
+    chat.rest()
+    assert chat.texts(1) == ["Do you like me?", reference(model, engine, 0.0, "Do you like me?")]
+    chat.panel(1).get_by_role("button", name="Earlier version").click()
+    assert chat.texts(1) == before
+
+
+def test_a_branch_goes_on_in_a_panel_of_its_own(chat, model, engine):
+    chat.say()
+    chat.panel(2).get_by_role("button", name="Branch").click()
+    chat.expect(chat.page.locator(".panel")).to_have_count(4)
+    assert chat.texts(3) == chat.texts(2)
+    chat.page.select_option("#to", label="Panel 4")
+    chat.say("And now?")
+    assert len(chat.texts(2)) == 2
+    assert chat.texts(3)[3] == reference(model, engine, 1.0, PROMPT, chat.texts(3)[1], "And now?")
+
+
+def test_a_reply_can_be_stopped_and_counts_as_far_as_it_went(chat):
+    chat.page.click("#settings-button")
+    chat.page.fill("#max-tokens", "800")
+    chat.page.click("#settings-button")
+    chat.say(wait=False)
+    chat.expect(chat.page.locator(".going .text", has_text=re.compile("."))).to_have_count(3)
+    chat.page.keyboard.press("Escape")
+    chat.rest()
+    assert all(turn["fault"] == "stopped" and len(turn["reply"]) > 0 for turn in chat.export())
+
+
+# --- blind --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_blind_vote_shows_no_dose_before_it_and_every_dose_after_it(chat):
+    orders = set()
+    for round_number in range(6):
+        chat.page.click("#blind") if round_number == 0 else chat.page.get_by_role("button", name="Next blind round").click()
+        chat.say()
+        chat.expect(chat.page.locator("#blindbar form")).to_be_visible()
+        shown = chat.page.evaluate("document.body.innerHTML.slice(0, document.body.innerHTML.indexOf('<script'))")
+        assert not re.search(r"[−+-]1\.00|λ [−+\d]|warm|projection [\d-]|first token", shown.split('id="panels"')[1])
+        assert chat.page.locator(".slider").count() == 0 and chat.page.locator("#export").is_disabled()
+        assert [chat.panel(place).locator("h2").inner_text() for place in range(3)] == ["Panel A", "Panel B", "Panel C"]
+        chat.page.check("#blindbar input[value=B]")
+        chat.page.get_by_role("button", name="Vote and reveal").click()
+        titles = [chat.panel(place).locator("h2").inner_text() for place in range(3)]
+        assert sorted(re.search(r"λ (\S+),", title)[1] for title in titles) == ["+1.00", "0.00", "−1.00"]
+        orders.add(tuple(titles))
+        vote = chat.export()[-1]
+        assert vote["kind"] == "vote" and vote["choice"] == "B" and vote["prompts"] == [PROMPT]
+        chosen = next(one for one in vote["candidates"] if one["label"] == "B")
+        assert f"{abs(chosen['multiplier']):.2f}" in titles[1] and vote["panel"] == chosen["panel"]
+    assert len(orders) > 1  # six times the same of six orders: 1 in 7,776
+    assert sum(turn.get("vote") == "chosen" for turn in chat.export()) == 6
+    assert "6 votes so far" in chat.page.locator("#blindbar").inner_text()
+
+
+def test_leaving_unvoted_tells_nothing(chat):
+    chat.page.click("#blind")
+    chat.say()
+    chat.page.click("#blind")
+    assert [chat.texts(place) for place in range(3)] == [[], [], []]
+
+
+# --- the record ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_export_holds_every_turn_with_what_made_it(chat, engine):
+    chat.page.click("#settings-button")
+    chat.page.fill("#system", "Be brief.")
+    chat.page.fill("#seed", "11")
+    chat.page.click("#settings-button")
+    chat.say()
+    chat.page.click("#anew")
+    chat.say("Another")
+    turns = chat.export()
+    assert [turn["multiplier"] for turn in turns] == [-1, 0, 1, -1, 0, 1]
+    assert {turn["vector_sha256"] for turn in turns} == {engine.vectors.by_name["warm"].sha256} and {turn["seed"] for turn in turns} == {11}
+    assert turns[0]["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
+    assert all(turn["seconds"] >= turn["seconds_to_first_token"] > 0 and turn["tokens"] and turn["model"] == "tiny" for turn in turns)
+    assert len({turn["conversation"] for turn in turns}) == 2 and len({turn["session"] for turn in turns}) == 1
+    assert [turn["shown"] for turn in turns] == [False] * 3 + [True] * 3
+
+
+def test_two_windows_know_nothing_of_each_other_and_a_reload_loses_nothing(chat, browser, url):
+    chat.say("my secret")
+    said = [chat.texts(place) for place in range(3)]
+    context = browser.new_context()
+    other = Chat(context.new_page(), url)
+    other.say()
+    assert "my secret" not in json.dumps(other.export())
+    context.close()
+    chat.page.reload()
+    chat.expect(chat.page.locator(".message")).to_have_count(6)
+    assert [chat.texts(place) for place in range(3)] == said
+
+
+def test_markup_in_a_message_is_text(chat):
+    chat.say("<img src=x onerror=alert(1)><b>bold</b>")
+    assert chat.texts(0)[0] == "<img src=x onerror=alert(1)><b>bold</b>"
+    assert chat.page.locator(".log b, .log img").count() == 0
+
+
+# --- for everybody ------------------------------------------------------------------------------------------------------
+
+
+def test_everything_can_be_done_with_the_keyboard(chat):
+    keys = chat.page.keyboard
+    chat.page.focus("#message")
+    keys.type("Hello")
+    keys.press("Shift+Enter")
+    keys.type("again")
+    keys.press("Enter")
+    chat.rest()
+    assert chat.texts(0)[0] == "Hello\nagain"
+    focused = "document.activeElement.id || document.activeElement.className"
+    assert chat.page.evaluate(focused) == "message"  # the replies have not taken the focus away
+    keys.press("Alt+Shift+Digit2")
+    assert chat.page.evaluate("document.activeElement.getAttribute('aria-label')") == "Dose λ of Panel 2"
+    keys.press("Alt+Shift+KeyP")
+    chat.expect(chat.page.locator(".panel")).to_have_count(4)
+    keys.press("Alt+Shift+KeyR")
+    chat.rest()
+    chat.expect(chat.page.locator(".which", has_text="2/2")).to_have_count(3)
+    keys.press("Alt+Shift+KeyB")
+    keys.type("Blind?")
+    keys.press("Enter")
+    chat.rest()
+    chat.expect(chat.page.locator("#blindbar form")).to_be_visible()
+    keys.press("Alt+Shift+KeyV")
+    keys.press("ArrowRight")  # from no choice to the second radio button, or from the first to it
+    keys.press("Enter")
+    chat.expect(chat.page.locator("h2", has_text="λ")).to_have_count(4)
+    assert chat.page.evaluate("document.activeElement.textContent") == "Next blind round"
+    with chat.page.expect_download():
+        keys.press("Alt+Shift+KeyX")
+
+
+def test_a_screen_reader_hears_a_reply_once_and_whole(chat):
+    chat.page.evaluate(
+        """() => { window.heard = []; new MutationObserver((changes) => changes.forEach((change) => change.addedNodes.forEach((node) =>
+            window.heard.push(node.textContent)))).observe(document.getElementById('status'), { childList: true }); }"""
+    )
+    chat.say()
+    heard = chat.page.evaluate("window.heard")
+    assert heard[0] == "3 panels are replying"
+    assert sorted(heard[1:]) == sorted(f"Panel {place + 1} replied: {chat.texts(place)[1]}" for place in range(3))
+    live = chat.page.locator("[aria-live], [role=status], [role=log], [role=alert]")
+    assert live.count() == 1 and live.get_attribute("id") == "status"  # what grows token by token is in no live region
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_serious_fault(chat, scheme, screenshots):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs the package axe-playwright-python").Axe()
+    chat.page.emulate_media(color_scheme=scheme)
+
+    def faults() -> list[tuple[str, Any]]:
+        found = axe.run(chat.page).response["violations"]
+        return [(one["id"], [node["html"][:200] for node in one["nodes"]]) for one in found if one["impact"] in ("serious", "critical")]
+
+    found = faults()
+    chat.say()
+    chat.say("And now?")
+    chat.panel(0).get_by_role("button", name="Regenerate").last.click()
+    chat.rest()
+    chat.page.click("#settings-button")
+    chat.page.click("#keys-button")
+    chat.panel(1).get_by_role("button", name="Edit").first.click()
+    found += faults()
+    chat.page.screenshot(path=screenshots / f"chat_{scheme}.png")
+    chat.page.click("#settings-button")
+    chat.page.click("#keys-button")
+    chat.page.click("#blind")
+    found += faults()
+    chat.say()
+    chat.expect(chat.page.locator("#blindbar form")).to_be_visible()
+    found += faults()
+    chat.page.check("#blindbar input[value=tie]")
+    chat.page.get_by_role("button", name="Vote and reveal").click()
+    found += faults()
+    chat.page.set_viewport_size({"width": 400, "height": 800})
+    found += faults()
+    assert chat.page.evaluate("document.documentElement.scrollWidth <= 400")
+    assert not found
+
+
+# --- servers that differ ------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_cannot_measure_projections_is_said_to(browser, engine):
+    from relseek_resources.serving import chat as routes
+    from relseek_resources.serving.server import Settings, create_app
+    from tests.serving.sockets import listening
+
+    context = browser.new_context()
+    with listening(create_app(engine, Settings(rate=0), routes.page_routes())) as url:
+        found = Chat(context.new_page(), url)
+        found.say()
+        found.page.click("#settings-button")
+        assert found.page.locator("#measure").is_disabled() and "cannot measure projections" in found.page.locator("#settings").inner_text()
+        assert found.page.locator(".figures", has_text="projection").count() == 0
+    context.close()
+
+
+def test_a_server_with_a_key_asks_for_it(browser, engine):
+    from playwright.sync_api import expect
+
+    from relseek_resources.serving import chat as routes
+    from relseek_resources.serving.server import Settings, create_app
+    from tests.serving.sockets import listening
+
+    context = browser.new_context()
+    with listening(create_app(engine, Settings(keys=("sesame",), rate=0), routes.routes())) as url:
+        page = context.new_page()
+        page.goto(url)
+        page.fill("#key", "wrong")
+        page.press("#key", "Enter")
+        expect(page.locator("#notice-text")).to_contain_text("needs a key")
+        page.fill("#key", "sesame")
+        page.press("#key", "Enter")
+        expect(page.locator(".panel")).to_have_count(3)
+        assert page.locator("#door").is_hidden() and page.locator("#notice").is_hidden()
+        page.fill("#message", "Hello")
+        page.press("#message", "Enter")
+        expect(page.locator(".figures", has_text="projection")).to_have_count(3)
+    context.close()
