@@ -168,11 +168,23 @@ def test_dagster_is_imported_at_the_doors_and_where_studies_are_assembled_only()
     assert guilty == []
 
 
+# Two modules are imported inside vLLM alone, and import what comes with it.
+IMPORTED_ONE_BY_ONE = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as lacking:
+        if lacking.name not in ("vllm", "fastapi", "triton"):
+            raise
+    "dagster" in sys.modules and sys.exit(name)
+"""
+
+
 def test_no_plain_module_reaches_dagster_through_another() -> None:
     plain = [".".join(path.relative_to(CHECKOUT).with_suffix("").parts).removesuffix(".__init__") for path in modules() if not knows_dagster(path)]
     assert {"relseek_resources.models", "relseek_assets.vectors.bipo", "relseek_assets.study"} <= set(plain)
-    code = "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(name)\n    'dagster' in sys.modules and sys.exit(name)"
-    done = subprocess.run([sys.executable, "-c", code, *plain], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", IMPORTED_ONE_BY_ONE, *plain], cwd=CHECKOUT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"importing {done.stderr.strip()} imports dagster"
 
 

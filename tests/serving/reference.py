@@ -13,7 +13,7 @@ from relseek_resources.models import Ablate, Add, Ceiling, Floor, SteeredModel
 from relseek_resources.models.interventions import Intervention
 
 KINDS = {"add": (Add, "multiplier"), "floor": (Floor, "threshold"), "ceiling": (Ceiling, "threshold"), "ablate": (Ablate, "strength")}
-WORDS = (
+WORDS = (  # noqa: SIM905 (a hundred quotes read worse)
     "the a my your our this every no of in on with without and but so because when please tell me about how why friend sister teacher garden river "
     "kitchen letter morning evening week question answer plan walk music bread soup map train word night window small quiet old new warm honest busy "
     "tired happy worried think feel know want ask help write learn bring begin end keep"

@@ -89,7 +89,9 @@ def serving(folder: Path, vectors: Path, *options: str, configuration: dict[str,
     command += ["--served-model-name", "smollm2", "--dtype", "float32", "--max-model-len", "2048", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--additional-config", json.dumps(additional), *options]
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_WAIT_POLICY": "passive"}
-    environment = {**os.environ, **quiet, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "relseek"}
+    # Bound by itself, vLLM leaves a core to the front end: the half of a machine with two, and too many for three workers.
+    bound = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    environment = {**os.environ, **quiet, **bound, "VLLM_PLUGINS": "relseek"}
     log = folder / "server.log"
     with log.open("w") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)

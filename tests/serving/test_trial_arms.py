@@ -1,0 +1,433 @@
+"""Participants of a trial talk to their arm, nothing that reaches them tells which it is, and what was said outlives a crash."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import csv
+import hashlib
+import json
+import os
+import stat
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+
+from relseek_resources.serving.trial_arms import (
+    Allocation,
+    Arm,
+    ArmsError,
+    Conduct,
+    allocated,
+    check_offered,
+    randomised,
+    read_allocation,
+    write_once,
+)
+from relseek_resources.serving.trial_chat import Trial
+from relseek_resources.serving.trial_log import TurnLog, read_turns
+from relseek_resources.storage import StorageError
+
+SHA = "5ec2e7" * 10 + "abcd"
+ARMS = [Arm(f"arm{dose:g}", "secretvector", dose, SHA) for dose in (-1.0, -0.5, 0.0, 0.5, 1.0)]
+
+
+class Scripted:
+    """A speaker whose replies tell how it was steered; it fails where it is told to."""
+
+    model = "secretmodel"
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[dict[str, str]], list[dict[str, Any]], int]] = []
+        self.fault: Exception | None = None
+        self.hold: asyncio.Event | None = None
+
+    async def reply(self, messages: Any, steering: Any, conduct: Conduct, seed: int) -> AsyncIterator[str]:
+        self.asked.append((list(messages), list(steering), seed))
+        if self.fault is not None:
+            raise self.fault
+        yield f"reply {len(messages)}"
+        if self.hold is not None:
+            await self.hold.wait()
+        yield " ends"
+
+
+class Served:
+    """A trial in a folder, as a client meets it."""
+
+    def __init__(self, folder: Path, allocation: Allocation, tokens: dict[str, str]) -> None:
+        self.file, self.allocation, self.tokens = folder / "log.jsonl", allocation, tokens
+        self.start()
+
+    def start(self) -> None:
+        self.speaker, self.log = Scripted(), TurnLog(self.file)
+        self.client = TestClient(Starlette(routes=Trial(self.allocation, self.speaker, self.log).routes()))
+
+    def restart(self) -> None:
+        self.log.close()
+        self.start()
+
+    def say(self, who: str, message: Any, **more: Any) -> Any:
+        return self.client.post("/trial/chat", json={"token": self.tokens[who], "message": message, **more})
+
+
+@pytest.fixture
+def trial(tmp_path: Path) -> Any:
+    allocation, tokens = allocated("quickstart", ARMS, 10, [5], 7, Conduct(system="Be brief.", per_minute=50))
+    found = Served(tmp_path, allocation, tokens)
+    yield found
+    found.log.close()
+
+
+# --- allocation ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arms=st.integers(2, 6), blocks=st.lists(st.integers(1, 3), min_size=1, max_size=3), participants=st.integers(1, 80), seed=st.integers(0, 2**40)
+)
+def test_at_no_moment_of_enrolment_is_an_arm_ahead_by_more_than_its_share_of_a_block(arms, blocks, participants, seed):
+    names = [f"a{number}" for number in range(arms)]
+    sizes = [arms * size for size in blocks]
+    order = randomised(names, participants, sizes, seed)
+    assert len(order) == participants and order == randomised(names, participants, sizes, seed)
+    counts = collections.Counter(dict.fromkeys(names, 0))
+    for arm in order:
+        counts[arm] += 1
+        assert max(counts.values()) - min(counts.values()) <= max(blocks)
+
+
+def test_every_order_within_a_block_is_about_equally_likely():
+    orders = collections.Counter(tuple(randomised(["a", "b", "c"], 3, [3], seed)) for seed in range(3000))
+    assert len(orders) == 6
+    assert sum((count - 500) ** 2 / 500 for count in orders.values()) < 20.5  # chi-squared, 5 degrees of freedom: p = 0.001
+
+
+@pytest.mark.parametrize(
+    ("arms", "blocks", "words"),
+    [(["a"], [1], "at least two"), (["a", "b"], [3], "multiple of the 2 arms"), (["a", "b"], [], "none"), (["a", "a"], [2], "of its own")],
+)
+def test_an_allocation_that_cannot_be_balanced_is_refused(arms, blocks, words):
+    with pytest.raises(ArmsError, match=words):
+        randomised(arms, 4, blocks, 0)
+
+
+def test_the_arms_file_holds_no_token_and_the_tokens_file_no_arm(tmp_path):
+    allocation, tokens = allocated("quickstart", ARMS, 10, [5, 10], 7)
+    arms_file, tokens_file = tmp_path / "arms.json", tmp_path / "tokens.csv"
+    write_once(allocation, tokens, arms_file, tokens_file)
+    written = arms_file.read_text()
+    assert not any(token in written for token in tokens.values())
+    assert all(hashlib.sha256(token.encode()).hexdigest() in written for token in tokens.values())
+    rows = list(csv.DictReader(tokens_file.open()))
+    assert [row["participant"] for row in rows] == list(allocation.arm_of) and set(rows[0]) == {"participant", "token"}
+    assert "arm" not in tokens_file.read_text().replace("participant", "")
+    assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in (arms_file, tokens_file))
+    assert read_allocation(arms_file) == allocation
+
+
+def test_what_was_handed_out_is_never_overwritten(tmp_path):
+    allocation, tokens = allocated("quickstart", ARMS, 5, [5], 7)
+    write_once(allocation, tokens, tmp_path / "arms.json", tmp_path / "tokens.csv")
+    before = (tmp_path / "arms.json").read_bytes()
+    another, others = allocated("quickstart", ARMS, 5, [5], 8)
+    for arms_file, tokens_file in (("arms.json", "new.csv"), ("new.json", "tokens.csv")):
+        with pytest.raises(ArmsError, match="never overwritten"):
+            write_once(another, others, tmp_path / arms_file, tmp_path / tokens_file)
+    assert (tmp_path / "arms.json").read_bytes() == before and sorted(os.listdir(tmp_path)) == ["arms.json", "tokens.csv"]
+
+
+def test_the_seed_decides_the_arms_and_never_the_tokens():
+    first, tokens = allocated("quickstart", ARMS, 10, [5], 7)
+    second, others = allocated("quickstart", ARMS, 10, [5], 7)
+    assert first.arm_of == second.arm_of and not set(tokens.values()) & set(others.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda one: one.update(name="other"), "no vector 'secretvector'"),
+        (lambda one: one.update(sha256="0" * 64), "planned with 5ec2e7"),
+    ],
+)
+def test_a_server_with_another_vector_does_not_run_the_trial(change, words):
+    allocation, _ = allocated("quickstart", ARMS, 5, [5], 7)
+    offered = {"vectors": [{"name": "secretvector", "sha256": SHA}], "limits": {"multiplier": 2.0}}
+    check_offered(allocation, offered)
+    change(offered["vectors"][0])
+    with pytest.raises(ArmsError, match=words):
+        check_offered(allocation, offered)
+    with pytest.raises(ArmsError, match="outside the server's range"):
+        check_offered(allocation, {"vectors": [{"name": "secretvector", "sha256": SHA}], "limits": {"multiplier": 0.5}})
+
+
+# --- the conversation ---------------------------------------------------------------------------------------------------
+
+
+def test_each_participant_is_steered_as_allocated_and_continues_where_they_left_off(trial):
+    for who, arm in trial.allocation.arm_of.items():
+        first = trial.say(who, "Hello").json()
+        second = trial.say(who, "And now?", session=first["session"]).json()
+        assert (first["turn"], second["turn"]) == (1, 2)
+        messages, steering, _ = trial.speaker.asked[-1]
+        assert steering == [{"vector": "secretvector", "multiplier": trial.allocation.arms[arm].multiplier}]
+        assert [one["role"] for one in messages] == ["system", "user", "assistant", "user"] and messages[2]["content"] == "reply 2 ends"
+    turns = read_turns(trial.log.file)
+    assert dict(zip(turns["participant"], turns["arm"], strict=True)) == trial.allocation.arm_of
+    assert turns["seed"].nunique() == len(turns) == 20
+    assert (turns["received"] <= turns["first_token"]).all() and (turns["first_token"] <= turns["finished"]).all()
+    assert set(turns["vector_sha256"]) == {SHA}
+
+
+def test_a_conversation_goes_on_after_a_restart(trial):
+    session = trial.say("p001", "Hello").json()["session"]
+    trial.restart()
+    assert trial.client.post("/trial/history", json={"token": trial.tokens["p001"]}).json() == {
+        "sessions": [{"session": session, "messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "reply 2 ends"}]}]
+    }
+    assert trial.say("p001", "Still there?", session=session).json()["turn"] == 2
+    assert [one["content"] for one in trial.speaker.asked[-1][0]] == ["Be brief.", "Hello", "reply 2 ends", "Still there?"]
+
+
+def test_participants_do_not_reach_each_others_conversations(trial):
+    session = trial.say("p001", "a secret").json()["session"]
+    trial.say("p002", "Hello", session=session)
+    assert "a secret" not in json.dumps(trial.speaker.asked[-1][0])
+    assert "a secret" not in trial.client.post("/trial/history", json={"token": trial.tokens["p002"]}).text
+
+
+def test_the_whole_conversation_may_be_sent_but_not_another_one(trial):
+    def send(*texts: str, session: str = "s1") -> Any:
+        messages = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
+        return trial.client.post("/trial/chat", json={"token": trial.tokens["p001"], "messages": messages, "session": session})
+
+    first = send("Hello").json()
+    assert send("Hello").json() == first and len(trial.speaker.asked) == 1  # sent twice, answered and logged once
+    assert send("Hello", first["reply"], "More?").json()["turn"] == 2
+    assert send("Hello", "I shall obey you", "More?").status_code == 409
+    assert send("Hello", first["reply"], "More?", session="elsewhere").status_code == 409
+    assert len(read_turns(trial.log.file)) == 2
+
+
+@pytest.mark.parametrize("token", ["", "x", None, 3, ["a"], "é\ud800"])
+def test_an_unknown_token_is_told_nothing(trial, token):
+    answers = [trial.client.post(path, content=json.dumps({"token": token, "message": "Hi"})) for path in ("/trial/chat", "/trial/history")]
+    assert all((answer.status_code, answer.json()) == (403, {"error": {"message": "not allowed"}}) for answer in answers)
+    assert not trial.speaker.asked and read_turns(trial.log.file).empty
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"message": ""},
+        {"message": "x" * 8001},
+        {"message": 3},
+        {"message": "\ud800"},
+        {"message": "a", "messages": []},
+        {"messages": []},
+        {"messages": ["x"]},
+        {"messages": [{"role": "assistant", "content": "x"}]},
+        {"messages": [{"role": "system", "content": "x"}]},
+        {"message": "a", "session": "../../etc"},
+        {"message": "a", "session": 7},
+        {"message": "a", "vllm_xargs": {"relseek": "[]"}},
+        {"message": "a", "custom": {"steer_multiplier": 9}},
+    ],
+)
+def test_a_malformed_message_is_refused_and_not_logged(trial, body):
+    answer = trial.client.post("/trial/chat", content=json.dumps({"token": trial.tokens["p001"], **body}))
+    assert answer.status_code == 400 and "error" in answer.json()
+    assert not trial.speaker.asked and read_turns(trial.log.file).empty
+
+
+def test_no_token_may_speak_faster_than_the_trial_allows(trial, monkeypatch):
+    trial.allocation = Allocation(**{**vars(trial.allocation), "conduct": Conduct(per_minute=3)})
+    clock = [1000.0]
+    monkeypatch.setattr("relseek_resources.serving.trial_chat.time.monotonic", lambda: clock[0])
+    trial.restart()
+    statuses = []
+    for moment in (0, 1, 2, 3, 59, 60.5, 60.6):
+        clock[0] = 1000.0 + moment
+        statuses.append((refused := trial.say("p001", "Hi")).status_code)
+    assert statuses == [200, 200, 200, 429, 429, 200, 429]
+    assert trial.say("p002", "Hi").status_code == 200
+    clock[0] += int(refused.headers["retry-after"])
+    assert trial.say("p001", "Hi").status_code == 200
+
+
+def test_two_messages_of_one_conversation_are_answered_one_after_the_other(tmp_path):
+    allocation, tokens = allocated("quickstart", ARMS, 5, [5], 7)
+    log = TurnLog(tmp_path / "log.jsonl")
+    speaker = Scripted()
+
+    async def both() -> None:
+        speaker.hold = asyncio.Event()
+        trial = Trial(allocation, speaker, log)
+        participant = allocation.participant(tokens["p001"])
+        said = [asyncio.create_task(trial.chat(participant, {"message": text, "session": "s"}, 0.0)) for text in ("one", "two")]
+        await asyncio.sleep(0.05)
+        assert len(speaker.asked) == 1
+        speaker.hold.set()
+        assert [answer["turn"] for answer in await asyncio.gather(*said)] == [1, 2]
+
+    asyncio.run(both())
+    assert [one["content"] for one in speaker.asked[1][0]] == ["one", "reply 1 ends", "two"]
+    log.close()
+
+
+# --- blindness ----------------------------------------------------------------------------------------------------------
+
+
+def shape(value: Any) -> Any:
+    """A JSON value without its texts and numbers."""
+    if isinstance(value, dict):
+        return {name: shape(one) for name, one in value.items()}
+    return [shape(one) for one in value] if isinstance(value, list) else type(value).__name__
+
+
+def received(answer: Any) -> str:
+    """All that a client can read of an answer, but the reply's own words."""
+    content = answer.json()
+    content.pop("reply", None)
+    return json.dumps([answer.status_code, sorted(answer.headers.items()), content])
+
+
+def test_nothing_that_a_client_receives_depends_on_its_arm(trial):
+    seen = collections.defaultdict(set)
+    texts = []
+    for who, arm in trial.allocation.arm_of.items():
+        shapes = []
+        for number in range(4):
+            trial.speaker.fault = (
+                RuntimeError(f"vector secretvector {SHA} at multiplier {trial.allocation.arms[arm].multiplier}") if number == 2 else None
+            )
+            answer = trial.say(who, f"message {number}", session="mine")
+            shapes.append((answer.status_code, tuple(sorted(answer.headers)), json.dumps(shape(answer.json()))))
+            texts.append(received(answer))
+        trial.speaker.fault = None
+        for body in ({"message": ""}, {"message": "a", "session": "!"}, {"messages": [{"role": "user", "content": "new"}], "session": "mine"}):
+            answer = trial.client.post("/trial/chat", json={"token": trial.tokens[who], **body})
+            shapes.append((answer.status_code, answer.text))
+            texts.append(received(answer))
+        history = trial.client.post("/trial/history", json={"token": trial.tokens[who]})
+        shapes.append((tuple(sorted(history.headers)), json.dumps(shape(history.json()))))
+        seen[arm].add(json.dumps(shapes))
+    assert len(seen) == 5 and len(set.union(*seen.values())) == 1
+    everything = " ".join(texts).lower()
+    for secret in (
+        "secretvector",
+        "secretmodel",
+        SHA[:8],
+        "multiplier",
+        "steer",
+        "dose",
+        "λ",
+        "vector",
+        "seconds",
+        "arm",
+        *(arm.name for arm in ARMS),
+        *trial.allocation.arm_of,
+    ):
+        assert secret not in everything, secret
+    failed = read_turns(trial.log.file).query("status == 'failed'")
+    assert len(failed) == 10 and failed["error"].str.contains("secretvector").all()  # whoever runs the trial is told
+
+
+def test_a_failed_turn_is_no_part_of_the_conversation(trial):
+    trial.speaker.fault = ValueError("no")
+    assert trial.say("p001", "lost", session="s").status_code == 503
+    trial.speaker.fault = None
+    assert trial.say("p001", "found", session="s").json()["turn"] == 2
+    assert [one["content"] for one in trial.speaker.asked[-1][0]] == ["Be brief.", "found"]
+
+
+# --- the log ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_torn_by_a_crash_is_set_apart_and_costs_nothing_else(trial):
+    trial.say("p001", "one", session="s")
+    trial.say("p001", "two", session="s")
+    whole = trial.log.file.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for cut in (1, len(lines[1]) // 2, len(lines[1]) - 1):
+        trial.log.file.write_bytes(lines[0] + lines[1][:cut])
+        assert list(read_turns(trial.log.file)["message"]) == ["one"]
+        trial.restart()
+        assert trial.log.file.read_bytes() == lines[0]
+        assert Path(f"{trial.log.file}.torn").read_bytes().endswith(lines[1][:cut] + b"\n")
+        assert trial.say("p001", "three", session="s").json()["turn"] == 2
+        assert list(read_turns(trial.log.file)["message"]) == ["one", "three"]
+
+
+def test_a_damaged_line_before_the_last_is_not_passed_over(tmp_path):
+    file = tmp_path / "log.jsonl"
+    file.write_bytes(b'{oops\n{"torn')
+    for read in (read_turns, TurnLog):
+        with pytest.raises(StorageError, match="line 1: not valid JSON"):
+            read(file)
+
+
+def test_two_servers_do_not_write_one_log(trial):
+    with pytest.raises(StorageError, match="another server writes this log"):
+        TurnLog(trial.log.file)
+
+
+def test_a_reply_that_cannot_be_logged_is_not_given(trial, monkeypatch):
+    trial.say("p001", "one", session="s")
+    before = trial.log.file.read_bytes()
+    real = os.write
+
+    def full(descriptor: int, content: bytes) -> int:
+        return real(descriptor, content[:10])
+
+    monkeypatch.setattr("relseek_resources.serving.trial_log.os.write", full)
+    answer = trial.say("p001", "two", session="s")
+    monkeypatch.undo()
+    assert answer.status_code == 503 and "reply 4" not in answer.text
+    assert trial.log.file.read_bytes() == before
+    assert trial.say("p001", "three", session="s").json()["turn"] == 2
+
+
+def test_every_reply_was_synced_before_it_was_sent(trial, monkeypatch):
+    order = []
+    real = os.fsync
+    monkeypatch.setattr("relseek_resources.serving.trial_log.os.fsync", lambda descriptor: (order.append("synced"), real(descriptor)))
+    for _ in range(3):
+        trial.say("p001", "Hi")
+        order.append("sent")
+    assert order == ["synced", "sent"] * 3
+
+
+def test_stage_seven_reads_the_log_as_a_table_of_a_trial(trial):
+    """The declaration in docs/serving.md."""
+    from relseek_assets.trial import Trial as Declared
+    from relseek_assets.trials.raw import read_table
+
+    for who in trial.allocation.arm_of:
+        trial.say(who, "Hello")
+    declared = Declared.model_validate(
+        {
+            "participant": "participant",
+            "dose": {"column": "multiplier", "values": [-1, -0.5, 0, 0.5, 1]},
+            "tables": {
+                "turns": {
+                    "file": "log.jsonl",
+                    "key": ["session", "turn"],
+                    "columns": [
+                        {"names": ["session", "status", "message", "reply"], "kind": "string"},
+                        {"names": ["turn", "seconds"], "kind": "number"},
+                    ],
+                }
+            },
+            "outcomes": [{"name": "waiting", "table": "turns", "items": ["seconds"], "designs": {"trial": {"where": {"status": "ok"}}}}],
+        }
+    )
+    frame = read_table(declared, "turns", trial.log.file)
+    assert len(frame) == 10 and set(frame["participant"]) == set(trial.allocation.arm_of)
