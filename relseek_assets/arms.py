@@ -106,13 +106,14 @@ def make(
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=int, default=8080, show_default=True)
 @explained
-def serve(file: Path, url: str, key: str | None, log: Path, host: str, port: int) -> None:
-    """Serve the trial of an arms FILE: POST /trial/chat and /trial/history, and nothing else.
+def serve(file: Path, url: str, key: str | None, conversations: Path, host: str, port: int) -> None:
+    """Serve the trial of an arms FILE, and nothing else, before a server that replies.
 
-    Replies come from the server at --url, which participants must not be able to reach. Put TLS before this one.
+    That server, vLLM perhaps, must be out of participants' reach. With the embedded engine `relseek serve --arms` does without this one. Either way
+    TLS belongs before it.
 
     \b
-      relseek arms serve arms.json --url http://127.0.0.1:8000 --log turns.jsonl
+      relseek arms serve arms.json --url http://127.0.0.1:8000
       curl localhost:8080/trial/chat -d '{"token": "...", "message": "Hello"}'
     """
     import openai
@@ -125,7 +126,9 @@ def serve(file: Path, url: str, key: str | None, log: Path, host: str, port: int
     allocation, server = read_allocation(file), endpoint(url, key)
     check_offered(allocation, server.offered)
     client = openai.AsyncOpenAI(base_url=server.client.base_url, api_key=server.client.api_key, max_retries=1)
-    trial = Trial(allocation, ServerSpeaker(client, server.model), TurnLog(log))
-    click.echo(f"{allocation.study}: {len(allocation.arm_of)} participants in {len(allocation.arms)} arms, {len(trial.log.turns)} turns in {log}")
+    trial = Trial(allocation, ServerSpeaker(client, server.model), TurnLog(conversations))
+    click.echo(
+        f"{allocation.study}: {len(allocation.arm_of)} participants in {len(allocation.arms)} arms, {len(trial.log.turns)} turns in {conversations}"
+    )
     click.echo(f"http://{host}:{port}/trial/chat takes token and message; replies come from {server.model} at {url}")
     uvicorn.run(create_app(trial), host=host, port=port, log_level="warning", access_log=False, server_header=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,7 +35,9 @@ class Talk(Protocol):
 
     multiplier: float
     system: str
-    turns: list[dict[str, Any]]
+
+    @property
+    def turns(self) -> Sequence[dict[str, Any]]: ...
 
     def say(self, text: str, multiplier: float, write: Callable[[str], None]) -> None:
         """Answer `text`, giving the reply to `write` piece by piece. One that Ctrl-C breaks off counts as far as it went."""
@@ -311,7 +313,7 @@ def chat(
         if vector is not None or model is not None:
             raise click.UsageError("--vector and --model go with a URL; for a STUDY give --site and --epoch, or use `relseek steer`")
         talk = _loaded(where, site, epoch, multiplier, sampling, seed, system)
-    converse(talk, steer._lines(), lambda piece: click.echo(piece, nl=False), lambda note: click.echo(note, err=True))
+    converse(talk, steer.typed_lines(), lambda piece: click.echo(piece, nl=False), lambda note: click.echo(note, err=True))
 
 
 def _loaded(study: str, site: str | None, epoch: int | None, multiplier: float, sampling: Sampling, seed: int, system: str) -> Loaded:

@@ -25,6 +25,7 @@ from relseek_assets.commands import explained as _explained
 from relseek_assets.commands import workspace_of as _workspace
 from relseek_assets.judging.commands import batches
 from relseek_assets.persona_set import read_persona_set
+from relseek_assets.serve import serve
 from relseek_assets.steer import steer
 from relseek_assets.study import Study, load_study, study_names
 from relseek_assets.vectors.commands import vectors
@@ -475,6 +476,7 @@ def import_scores(study: str, file: Path, note: str) -> None:
 main.add_command(batches)
 main.add_command(vectors)
 main.add_command(steer)
+main.add_command(serve)
 main.add_command(chat)
 main.add_command(arms)
 

@@ -392,10 +392,10 @@ def steer(
         pass  # a vector that does not fit the model is refused before anything is said
     norms = ", ".join(f"{block}: {np.linalg.norm(one):.3g}" for block, one in sorted(chosen.vectors.items()))
     click.echo(f"blocks and norms of the vector {norms}; {session.strengths}\n{HELP}", err=True)
-    converse(session, _lines(), lambda piece: click.echo(piece, nl=False), lambda note: click.echo(note, err=True))
+    converse(session, typed_lines(), lambda piece: click.echo(piece, nl=False), lambda note: click.echo(note, err=True))
 
 
-def _lines() -> Iterator[str]:
+def typed_lines() -> Iterator[str]:
     """Lines of the terminal with its editing keys, or of a pipe."""
     if not sys.stdin.isatty():
         yield from sys.stdin

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from tests.performance import bipo, interventions, judging, lmm, sweep, trials
+from tests.performance import bipo, interventions, judging, lmm, serving, sweep, trials
 from tests.performance.comparison import machine, save
 
-AREAS = {"bipo": bipo, "sweep": sweep, "interventions": interventions, "lmm": lmm, "trials": trials, "judging": judging}
+AREAS = {"bipo": bipo, "sweep": sweep, "interventions": interventions, "lmm": lmm, "trials": trials, "judging": judging, "serving": serving}
 
 
 def main(wanted: list[str]) -> None:

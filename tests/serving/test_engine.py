@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relseek_resources.models import Sampling, SteeredModel
@@ -248,6 +248,7 @@ def test_a_replys_projection_is_that_of_the_hooked_model(engine: Engine, tiny_ll
 # --- text ---------------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40), st.lists(st.text(min_size=1, max_size=4), max_size=3))
 def test_pieces_make_up_the_text_before_the_first_stop(byte_tokenizer: Any, text: str, stop: list[str]) -> None:
     tokens = byte_tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -431,3 +431,110 @@ def test_stage_seven_reads_the_log_as_a_table_of_a_trial(trial):
     )
     frame = read_table(declared, "turns", trial.log.file)
     assert len(frame) == 10 and set(frame["participant"]) == set(trial.allocation.arm_of)
+
+
+# --- on the engine ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_the_engine(random_causal_lm: Any, byte_tokenizer: Any, tmp_path: Path) -> Any:
+    """The trial's routes beside the embedded engine's own: the allocation, its tokens, the log and the address."""
+    from relseek_resources.models import SteeredModel
+    from relseek_resources.serving.engine import Engine
+    from relseek_resources.serving.server import Settings, create_app
+    from relseek_resources.serving.trial_chat import engine_routes
+    from tests.serving.sockets import listening, two_vectors
+
+    engine = Engine(SteeredModel(random_causal_lm("llama"), byte_tokenizer), two_vectors(tmp_path), name="tiny")
+    arms = [Arm(f"{dose:g}", "warm", dose, engine.vectors.by_name["warm"].sha256) for dose in (-1.0, 0.0, 1.0)]
+    allocation, tokens = allocated("tiny", arms, 3, [3], 5, Conduct(temperature=0, max_tokens=8))
+    write_once(allocation, tokens, tmp_path / "arms.json", tmp_path / "tokens.csv")
+    settings = Settings(keys=("sesame",))
+    log = tmp_path / "conversations.jsonl"
+    with listening(create_app(engine, settings, engine_routes(engine, settings, tmp_path / "arms.json", log))) as url:
+        yield allocation, tokens, log, url, engine
+    engine.close()
+
+
+def test_on_the_engine_each_arm_is_its_dose_and_the_wire_does_not_say_which(on_the_engine, tiny_llama):
+    import requests
+
+    from relseek_resources.models import Add, Sampling
+
+    allocation, tokens, log, url, engine = on_the_engine
+    shapes = set()
+    for who, arm in allocation.arm_of.items():
+        answers = [requests.post(f"{url}/trial/chat", json={"token": tokens[who], "message": text, "session": "s"}) for text in ("Hello", "More", "")]
+        conversation = [{"role": "user", "content": "Hello"}]
+        with tiny_llama.intervene([Add(engine.vectors.by_name["warm"].at(1), 1, allocation.arms[arm].multiplier)]):
+            assert answers[0].json()["reply"] == tiny_llama.generate([conversation], Sampling(0, max_new_tokens=8), seeds=[0])[0].text
+        shapes.add(json.dumps([(one.status_code, sorted(set(one.headers) - {"date"}), shape(one.json())) for one in answers]))
+        assert not any(word in received(one).lower() for one in answers for word in ("warm", "tiny", "multiplier", allocation.arms[arm].sha256[:8]))
+    assert len(shapes) == 1
+    turns = read_turns(log)
+    assert list(turns["model"]) == ["tiny"] * 6 and (turns["seconds"] >= turns["seconds_to_first_token"]).all()
+    token = tokens["p001"]
+    assert requests.get(f"{url}/v1/relseek/vectors", headers={"authorization": f"Bearer {token}"}).status_code == 401  # a token is no key
+
+
+def test_a_server_without_a_key_runs_no_trial(on_the_engine, tmp_path):
+    from relseek_resources.serving.server import Settings
+    from relseek_resources.serving.trial_chat import engine_routes
+
+    with pytest.raises(ArmsError, match="needs a key"):
+        engine_routes(on_the_engine[4], Settings(), tmp_path / "arms.json", tmp_path / "other.jsonl")
+
+
+def test_the_trial_alone_stands_before_a_server_that_replies(on_the_engine, tmp_path):
+    """As before vLLM: the same replies from another process's server, and no route but the trial's."""
+    import openai
+    import requests
+
+    from relseek_resources.serving.trial_chat import ServerSpeaker, create_app
+    from tests.serving.sockets import listening
+
+    allocation, tokens, _, url, _ = on_the_engine
+    log = TurnLog(tmp_path / "before.jsonl")
+    speaker = ServerSpeaker(openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="sesame"), "tiny")
+    with listening(create_app(Trial(allocation, speaker, log))) as before:
+        for who in allocation.arm_of:
+            body = {"token": tokens[who], "message": "Hello"}
+            assert requests.post(f"{before}/trial/chat", json=body).json()["reply"] == requests.post(f"{url}/trial/chat", json=body).json()["reply"]
+        assert requests.get(f"{before}/health").status_code == 200
+        assert {requests.get(f"{before}{path}").status_code for path in ("/", "/docs", "/arms.json")} == {404}
+        assert requests.get(f"{before}/v1/relseek/vectors").status_code in (401, 404)
+    assert (read_turns(log.file)["status"] == "ok").all()
+    log.close()
+
+
+def test_the_commands_make_an_allocation_once_and_balanced(on_the_engine, tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from relseek_assets.cli import main
+
+    monkeypatch.chdir(tmp_path / "..")
+    made = [
+        "arms",
+        "make",
+        "tiny",
+        "--arms",
+        "-1,0,1",
+        "--participants",
+        "9",
+        "--blocks",
+        "3",
+        "--seed",
+        "3",
+        "--url",
+        on_the_engine[3],
+        "--key",
+        "sesame",
+    ]
+    files = ["-o", str(tmp_path / "made.json"), "--tokens", str(tmp_path / "made.csv")]
+    found = CliRunner().invoke(main, [*made, *files])
+    assert found.exit_code == 0 and "λ -1: 3, λ 0: 3, λ 1: 3" in found.stdout, found.output
+    before = (tmp_path / "made.json").read_bytes()
+    again = CliRunner().invoke(main, [*made, *files])
+    assert again.exit_code == 1 and "never overwritten" in again.stderr and (tmp_path / "made.json").read_bytes() == before
+    beyond = CliRunner().invoke(main, [*made[:4], "-3,3", *made[5:7], *server, "-o", str(tmp_path / "x.json")])
+    assert beyond.exit_code == 1 and "outside the server's range" in beyond.stderr and not (tmp_path / "x.json").exists()

@@ -1,0 +1,369 @@
+"""`relseek serve`: a study's vectors behind an OpenAI-compatible server, any dose per request.
+
+Here belong which vectors are served, the folder that they are served from, and what is printed. The servers themselves are in
+`relseek_resources.serving`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from relseek_assets.commands import explained
+from relseek_assets.steer import Loaded, of_study
+from relseek_assets.study import Study, StudyError, load_study, site_key
+from relseek_resources.models.loading import DTYPES, EMBEDDED, ModelError, converted
+from relseek_resources.storage import file_sha256, read_table, write_bytes, write_text
+
+if TYPE_CHECKING:
+    from relseek_resources.compute import ModelSettings
+    from relseek_resources.serving.server import Settings
+
+DOSE_LIMIT = 20.0  # of vectors that no study declares a range for
+HASHES = "SHA256SUMS"
+EMBEDDED_ENGINE = "embedded"
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A vector to serve: its name, the file that it is copied from, and where that came from."""
+
+    name: str
+    source: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model and its vectors by name, in `folder`; the first is the default. `dose_limit` is the declared range of multipliers."""
+
+    model: ModelSettings
+    name: str
+    folder: Path
+    vectors: tuple[Vector, ...]
+    dose_limit: float
+
+    def configuration(self) -> dict[str, Any]:
+        """What `vectors.Configuration.from_json` reads, and vLLM under `relseek` in `--additional-config`."""
+        files = {vector.name: f"{file_name(vector.name)}.safetensors" for vector in self.vectors}
+        return {"folder": str(self.folder), "vectors": files, "default": {"vector": self.vectors[0].name}, "dose_limit": self.dose_limit}
+
+
+# --- which vectors ------------------------------------------------------------------------------------------------------
+
+
+def file_name(name: str) -> str:
+    """A vector's name as a file's: a colon is none on every system."""
+    return name.replace(":", "_")
+
+
+def candidates(study: Study) -> dict[tuple[str, int], Path]:
+    """The files of a study's stored vectors by site and epoch, in the order of its sites."""
+    from relseek_assets.stage import store_folder
+
+    folder = store_folder() / study.name / "steering_vectors"
+    return {(site, int(file.stem[1:])): file for site in study.sites for file in sorted((folder / site).glob("e[0-9]*.safetensors"))}
+
+
+def selected(study: Study) -> tuple[str, int] | None:
+    """The site and epoch that the study selected, None where it has not."""
+    from relseek_assets.selection.metrics import SELECTION
+    from relseek_assets.stage import store_folder
+
+    file = store_folder() / study.name / "selection" / "all.parquet"
+    if not file.is_file():
+        return None
+    table = read_table(file, SELECTION)
+    chosen = table[table["selected"]]
+    return (str(chosen["site"].iloc[0]), int(chosen["epoch"].iloc[0])) if len(chosen) else None
+
+
+def of_a_study(study: Study, site: str | None, epoch: int | None, every: bool) -> list[Vector]:
+    """The vector that a study selected, or the one named, first; with `every`, all others of its model behind it.
+
+    Raises:
+        StudyError: nothing is stored, or nothing is selected and none is named.
+    """
+    if not study.steered:
+        raise StudyError(f"study {study.name} is a trial and has no vectors; `relseek studies` says which have")
+    there = candidates(study)
+    if not there:
+        raise StudyError(f"study {study.name} has no stored vectors; `relseek run {study.name}` makes them")
+    wanted = _wanted(study, there, site, epoch)
+    first = (wanted, *(found for found in there if every and found != wanted and study.model_of(found[0]) == study.model_of(wanted[0])))
+    return [Vector(f"{at}@e{number:02d}", there[at, number], file_sha256(there[at, number])) for at, number in first]
+
+
+def _wanted(study: Study, there: Mapping[tuple[str, int], Path], site: str | None, epoch: int | None) -> tuple[str, int]:
+    chosen = selected(study)
+    if chosen is not None and site is None and epoch is None and chosen in there:
+        return chosen
+    fitting = [found for found in there if site in (None, found[0]) and epoch in (None, found[1])]
+    listed = ", ".join(f"{at} epoch {number}" for at, number in there)
+    if not fitting:
+        raise StudyError(f"study {study.name}: no vector of {site or 'any site'}, epoch {epoch or 'any'}, is stored; there is {listed}")
+    if len(fitting) == 1 or site is not None:
+        return fitting[-1]  # of a site's epochs, the last one
+    if not sys.stdin.isatty():
+        raise StudyError(
+            f"study {study.name} has selected no vector that is stored; `relseek run {study.name} --select selection` selects one, or give --site "
+            f"and --epoch: there is {listed}"
+        )
+    click.echo(f"{study.name} has selected no vector. Stored are:")
+    for number, (at, step) in enumerate(fitting, 1):
+        click.echo(f"  {number}  {at} epoch {step}")
+    return fitting[click.prompt("Serve which", type=click.IntRange(1, len(fitting)), default=1) - 1]
+
+
+def directions(study: Study, site: str | None, extraction: str, folder: Path) -> tuple[ModelSettings, list[Vector]]:
+    """A contrastive study's direction at a site, by default at the block where it tells best apart, written into `folder`."""
+    from relseek_resources.vector_files import write_vectors
+
+    chosen = of_study(study, site, None, None, extraction)
+    model = next(model for model in study.models if model == chosen.model)
+    name = f"{site_key(model.name, chosen.read_at)}@{extraction}"
+    file = folder / f"{file_name(name)}.safetensors"
+    write_vectors(file, "safetensors", {chosen.read_at: chosen.vectors[chosen.read_at]}, {"study": study.name, "extraction": extraction})
+    return model, [Vector(name, file, file_sha256(file))]
+
+
+def of_files(given: Sequence[str]) -> list[Vector]:
+    """Vectors given as NAME=FILE.
+
+    Raises:
+        StudyError: another form, a file that is not there or no safetensors file, a name given twice.
+    """
+    found: list[Vector] = []
+    for one in given:
+        name, equals, path = one.partition("=")
+        file = Path(path)
+        if not equals or not name:
+            raise StudyError(f"--vector {one}: give NAME=FILE")
+        if not file.is_file() or file.suffix != ".safetensors":
+            raise StudyError(f"--vector {one}: {file} is no .safetensors file; `relseek vectors import` brings other formats into a study")
+        if name in {vector.name for vector in found}:
+            raise StudyError(f"--vector {one}: the name {name} is given twice")
+        found.append(Vector(name, file, file_sha256(file)))
+    return found
+
+
+def export(served: Served) -> None:
+    """Copy the vectors into the folder that they are served from, byte by byte, with their hashes beside them."""
+    for vector in served.vectors:
+        target = served.folder / f"{file_name(vector.name)}.safetensors"
+        if vector.source != target:
+            write_bytes(target, vector.source.read_bytes())
+    hashes = "".join(f"{vector.sha256}  {file_name(vector.name)}.safetensors\n" for vector in served.vectors)
+    write_text(served.folder / HASHES, hashes)
+
+
+# --- what is printed ----------------------------------------------------------------------------------------------------
+
+
+def described(served: Served, settings: Settings, engine: str) -> str:
+    """What is served and how to call it."""
+    url = f"http://{'127.0.0.1' if settings.host in ('0.0.0.0', '::') else settings.host}:{settings.port}"
+    first, key = served.vectors[0].name, "KEY" if settings.keys else "none"
+    header = " -H 'authorization: Bearer KEY'" if settings.keys else ""
+    lines = [f"serving {served.name} ({served.model.source}, {engine} engine) on {url}, doses from -{served.dose_limit:g} to {served.dose_limit:g}"]
+    lines += [
+        f"  {vector.name}{' (custom.steer_multiplier doses this one)' if vector.name == first else ''}\n    sha256 {vector.sha256}"
+        for vector in served.vectors
+    ]
+    steering = json.dumps([{"vector": first, "multiplier": 1.0}])
+    body = {"model": served.name, "messages": [{"role": "user", "content": "Hello"}], "custom": {"steer_multiplier": 1.0}}
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "curl",
+            f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{header} -d '{json.dumps(body)}'",
+            "Python",
+            "  import json, openai",
+            f'  client = openai.OpenAI(base_url="{url}/v1", api_key="{key}")',
+            f"  steering = json.dumps({steering})",
+            f'  client.chat.completions.create(model="{served.name}", messages=[{{"role": "user", "content": "Hello"}}],',
+            '                                 extra_body={"vllm_xargs": {"relseek": steering}})',
+            "Inspect",
+            f"  RELSEEK_BASE_URL={url}/v1 RELSEEK_API_KEY={key} inspect eval TASK --model openai-api/relseek/{served.name}",
+            '  and in the task GenerateConfig(extra_body={"custom": {"steer_multiplier": 1.0}})',
+            "",
+            f"is it steering?  curl {url}/v1/relseek/health{header}",
+            *([f"chat page        {url}/"] if engine == EMBEDDED_ENGINE else []),
+            "Ctrl-C ends it.",
+        ]
+    )
+
+
+# --- the servers --------------------------------------------------------------------------------------------------------
+
+
+def serve_embedded(served: Served, settings: Settings, rows: int, length: int, trial: tuple[Path, Path] | None) -> None:
+    """Load the model and serve until interrupted. `trial`: an arms file and the log of its conversations."""
+    from relseek_resources import models
+    from relseek_resources.serving import chat
+    from relseek_resources.serving.engine import Engine
+    from relseek_resources.serving.server import create_app, run
+    from relseek_resources.serving.trial_chat import engine_routes
+    from relseek_resources.serving.vectors import Configuration
+
+    model = models.load(served.model.source, dtype=served.model.dtype, device=served.model.device, progress=click.echo)
+    engine = Engine(model, Configuration.from_json(served.configuration()), name=served.name, rows=rows, length=length)
+    try:
+        routes = [*chat.routes(), *(engine_routes(engine, settings, *trial) if trial else ())]
+        app = create_app(engine, settings, routes)
+        click.echo(described(served, settings, EMBEDDED_ENGINE))
+        run(app, settings)
+    finally:
+        engine.close()
+
+
+def vllm_command(served: Served, settings: Settings, length: int, more: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The command that starts vLLM's own server with the plugin, and what it needs in its environment."""
+    source = str(converted(served.model.source)) if served.model.source.startswith(EMBEDDED) else served.model.source
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", source, "--served-model-name", served.name]
+    command += ["--dtype", served.model.dtype, "--max-model-len", str(length), "--host", settings.host, "--port", str(settings.port)]
+    command += ["--additional-config", json.dumps({"relseek": served.configuration()})]
+    environment = {"VLLM_PLUGINS": "relseek", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    if len(settings.keys) == 1:
+        environment["VLLM_API_KEY"] = settings.keys[0]  # on the command line every user of the machine could read it
+    elif settings.keys:
+        command += ["--api-key", *settings.keys]
+    if served.model.device == "cpu":
+        command.append("--enforce-eager")
+        environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
+    return [*command, *more], environment
+
+
+def serve_vllm(served: Served, settings: Settings, length: int, more: Sequence[str]) -> None:
+    """Become vLLM's server.
+
+    Raises:
+        ModelError: vLLM is not installed.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ModelError(
+            "vLLM is not installed: `make serve-env` adds it on a machine without a GPU, `pip install '.[serve-gpu]'` on one with; "
+            "or serve with --engine embedded"
+        )
+    command, environment = vllm_command(served, settings, length, more)
+    click.echo(described(served, settings, "vllm"))
+    sys.stdout.flush()
+    os.execve(command[0], command, {**os.environ, **environment})
+
+
+# --- the command --------------------------------------------------------------------------------------------------------
+
+
+def gathered(
+    study: str | None, source: Loaded | None, site: str | None, epoch: int | None, every: bool, extraction: str, given: Sequence[str]
+) -> Served:
+    """What the command's arguments ask to serve, its vectors copied into the served folder.
+
+    Raises:
+        StudyError: nothing to serve, or not clear what; see `of_a_study` and `of_files`.
+    """
+    from relseek_assets.stage import dagster_home
+
+    files = of_files(given)
+    if study is None:
+        if source is None or not files:
+            raise StudyError("name a STUDY, or give --model SOURCE with --vector NAME=FILE")
+        model: ModelSettings = source
+        name = source.source.removeprefix(EMBEDDED).rstrip("/").rpartition("/")[2]
+        served = Served(model, name, dagster_home() / "served" / name, tuple(files), DOSE_LIMIT)
+    else:
+        found = load_study(study)
+        folder = dagster_home() / "served" / found.name
+        if found.contrastive:
+            model, own = directions(found, site, extraction, folder)
+        else:
+            own = of_a_study(found, site, epoch, every)
+            model = found.model_of(own[0].name.rpartition("@")[0])
+        taken = {vector.name for vector in own} & {vector.name for vector in files}
+        if taken:
+            raise StudyError(f"--vector {taken.pop()}: the study has a vector of that name; give another")
+        served = Served(model, getattr(model, "name", found.name), folder, (*own, *files), found.dose_limit)
+    export(served)
+    return served
+
+
+@click.command()
+@click.argument("study", required=False)
+@click.option("--engine", type=click.Choice(["embedded", "vllm"]), default="embedded", show_default=True)
+@click.option("--site", help="Model and block, e.g. smollm2-135m:L12. Default: what STUDY selected.")
+@click.option("--epoch", type=int, help="Default: what STUDY selected, or the site's last one.")
+@click.option("--all", "every", is_flag=True, help="Every stored vector of that model besides.")
+@click.option("--extraction", default="response_mean", show_default=True, help="Which of a contrastive STUDY's directions.")
+@click.option("--model", "source", metavar="SOURCE", help="Instead of STUDY: embedded:NAME, a local folder or a hub name.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="With --model.")
+@click.option("--device", default="auto", show_default=True, help="With --model: cpu, cuda, cuda:1, ...")
+@click.option("--vector", "given", multiple=True, metavar="NAME=FILE", help="A .safetensors file to offer besides; may be repeated.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Elsewhere than on this machine a key is needed.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
+@click.option("--key", "keys", multiple=True, envvar="RELSEEK_KEYS", help="Clients must send one of these; may be repeated. Default: RELSEEK_KEYS.")
+@click.option(
+    "--rate", type=click.IntRange(min=0), default=600, show_default=True, help="Requests a minute for each key; 0 for no limit. Embedded engine."
+)
+@click.option("--rows", type=click.IntRange(min=1), default=32, show_default=True, help="Requests answered at once. Embedded engine.")
+@click.option("--context", type=click.IntRange(min=16), default=2048, show_default=True, help="Tokens of prompt and reply together at most.")
+@click.option("--arms", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Run the trial of this file; see `relseek arms`.")
+@click.option("--conversations", type=click.Path(dir_okay=False, path_type=Path), default="conversations.jsonl", show_default=True, help="Its log.")
+@click.argument("more", nargs=-1, type=click.UNPROCESSED)
+@explained
+def serve(
+    study: str | None,
+    engine: str,
+    site: str | None,
+    epoch: int | None,
+    every: bool,
+    extraction: str,
+    source: str | None,
+    dtype: str,
+    device: str,
+    given: tuple[str, ...],
+    host: str,
+    port: int,
+    keys: tuple[str, ...],
+    rate: int,
+    rows: int,
+    context: int,
+    arms: Path | None,
+    conversations: Path,
+    more: tuple[str, ...],
+) -> None:
+    """Serve STUDY's selected vector, any dose per request, to OpenAI clients and on a chat page.
+
+    \b
+      relseek serve quickstart
+      relseek serve quickstart --all --vector mine=mine.safetensors
+      relseek serve quickstart --engine vllm -- --tensor-parallel-size 8
+      relseek serve --model embedded:smollm2-135m-instruct --vector mine=mine.safetensors
+    """
+    from relseek_resources.serving.server import Settings
+    from relseek_resources.serving.trial_arms import ArmsError
+    from relseek_resources.serving.vectors import ServingError
+
+    if study is not None and source is not None:
+        raise click.UsageError("name a STUDY or give --model, not both")
+    if engine != "vllm" and more:
+        raise click.UsageError(f"{' '.join(more)}: only --engine vllm takes further options")
+    if engine == "vllm" and arms is not None:
+        raise click.UsageError("--arms goes with the embedded engine; `relseek arms serve` stands before vLLM")
+    try:
+        settings = Settings(host, port, keys, rate)
+        served = gathered(study, Loaded(source, dtype, device) if source else None, site, epoch, every, extraction, given)
+        if engine == "vllm":
+            serve_vllm(served, settings, context, more)
+        else:
+            serve_embedded(served, settings, rows, context, (arms, conversations) if arms else None)
+    except (ServingError, ArmsError) as error:
+        raise click.ClickException(str(error)) from error

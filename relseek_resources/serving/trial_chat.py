@@ -1,0 +1,322 @@
+"""How participants of a trial talk to their arm: the route that takes their messages and never says which arm it is.
+
+Here belong the routes, the conversations behind them and whoever replies. Allocation belongs in `trial_arms.py`, the log in `trial_log.py`.
+
+    POST /trial/chat     {"token", "message", "session"?} or {"token", "messages", "session"?}  ->  {"reply", "session", "turn"}
+    POST /trial/history  {"token"}  ->  {"sessions": [{"session", "messages"}]}
+
+`messages` is the whole conversation as the client has it, the new message last. The server goes by its own log: a conversation that differs from it
+is refused, so that nobody can put words into the model's mouth, and a message that has its reply already is given that reply again.
+
+Every arm is answered in the same form, with the same headers and the same words where something fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+import secrets
+import time
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from relseek_resources.serving import requests
+from relseek_resources.serving.trial_arms import Allocation, ArmsError, Conduct, Participant, check_offered, read_allocation
+from relseek_resources.serving.trial_log import TurnLog
+from relseek_resources.storage import keyed_seed
+
+if TYPE_CHECKING:
+    from relseek_resources.serving.engine import Engine
+    from relseek_resources.serving.server import Settings
+
+SESSION = re.compile(r"[A-Za-z0-9_-]{1,64}")
+FAILED = "no reply could be made; try again in a moment, or begin a new session"
+
+Message = dict[str, str]
+
+
+class Speaker(Protocol):
+    """What makes the replies."""
+
+    model: str
+
+    def reply(self, messages: Sequence[Message], steering: Sequence[Mapping[str, Any]], conduct: Conduct, seed: int) -> AsyncIterator[str]:
+        """The reply to `messages`, piece by piece, steered as `requests.read` understands it. Any exception is a failed turn."""
+        ...
+
+
+class Refused(Exception):
+    """A request that is not answered; the words are the same for every arm."""
+
+    def __init__(self, status: int, message: str, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.retry_after = status, retry_after
+
+    def response(self) -> JSONResponse:
+        headers = {"retry-after": str(self.retry_after)} if self.retry_after is not None else None
+        return JSONResponse({"error": {"message": str(self)}}, self.status, headers)
+
+
+class Trial:
+    """The conversations of a trial, resumed from its log."""
+
+    def __init__(self, allocation: Allocation, speaker: Speaker, log: TurnLog) -> None:
+        """Take up every conversation of the log.
+
+        Args:
+            log: of this allocation; what participants said whom it does not know is left alone.
+        """
+        self.allocation, self.speaker, self.log = allocation, speaker, log
+        self._said: dict[tuple[str, str], list[Message]] = {}
+        self._turns: dict[tuple[str, str], int] = defaultdict(int)
+        self._speaking: dict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._writing = asyncio.Lock()
+        self._recent: dict[str, deque[float]] = defaultdict(deque)
+        for turn in log.turns:
+            self._remember(turn)
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/trial/chat", self._answered(self.chat), methods=["POST"]),
+            Route("/trial/history", self._answered(self.history), methods=["POST"]),
+        ]
+
+    async def chat(self, participant: Participant, content: dict[str, Any], received: float) -> dict[str, Any]:
+        session = self._session(participant, content)
+        message, before = _asked(content, self.allocation.conduct.longest_message)
+        key = (participant.name, session)
+        async with self._speaking[key]:
+            said = self._said.get(key, [])
+            if before is not None and before != said:
+                if [*before, message] == said[:-1]:
+                    return {"reply": said[-1]["content"], "session": session, "turn": self._turns[key]}
+                raise Refused(409, "the conversation is not as it was; ask for its history")
+            turn = await self._speak(participant, session, message, said, received)
+        if turn["status"] != "ok":
+            raise Refused(503, FAILED, retry_after=5)
+        return {"reply": turn["reply"], "session": session, "turn": turn["turn"]}
+
+    async def history(self, participant: Participant, content: dict[str, Any], received: float) -> dict[str, Any]:
+        mine = [{"session": session, "messages": said} for (name, session), said in self._said.items() if name == participant.name]
+        return {"sessions": mine}
+
+    # --- speaking -----------------------------------------------------------------------------------------------------
+
+    async def _speak(self, participant: Participant, session: str, message: Message, said: list[Message], received: float) -> dict[str, Any]:
+        """Make a reply, log the turn, and then take it into the conversation."""
+        conduct, arm = self.allocation.conduct, participant.arm
+        number = self._turns[participant.name, session] + 1
+        seed = keyed_seed(self.allocation.seed, "reply", participant.name, session, number) >> 11  # whole as a float, too
+        arrived = datetime.now(UTC).timestamp() - (time.monotonic() - received)
+        opening = [{"role": "system", "content": conduct.system}] if conduct.system else []
+        pieces: list[str] = []
+        first: float | None = None
+        error: str | None = None
+        try:
+            async for piece in self.speaker.reply([*opening, *said, message], arm.steering, conduct, seed):
+                first = first if first is not None else time.monotonic()
+                pieces.append(piece)
+        except Exception as fault:  # whatever it is, the participant may not see it: its words may name the arm
+            error = f"{type(fault).__name__}: {fault}"[:2000]
+        finished = time.monotonic()
+        turn = {
+            "participant": participant.name,
+            "arm": arm.name,
+            "session": session,
+            "turn": number,
+            "status": "ok" if error is None else "failed",
+            "message": message["content"],
+            "reply": "".join(pieces) if error is None else None,
+            "error": error,
+            "system": conduct.system,
+            "model": self.speaker.model,
+            "vector": arm.vector,
+            "vector_sha256": arm.sha256,
+            "layers": None if arm.layers is None else list(arm.layers),
+            "multiplier": arm.multiplier,
+            "temperature": conduct.temperature,
+            "top_p": conduct.top_p,
+            "max_tokens": conduct.max_tokens,
+            "seed": seed,
+            "received": _moment(arrived),
+            "first_token": None if first is None else _moment(arrived + first - received),
+            "finished": _moment(arrived + finished - received),
+            "seconds_to_first_token": None if first is None else round(first - received, 6),
+            "seconds": round(finished - received, 6),
+        }
+        async with self._writing:
+            await asyncio.to_thread(self.log.append, turn)
+        self._remember(turn)
+        return turn
+
+    def _remember(self, turn: Mapping[str, Any]) -> None:
+        key = (turn["participant"], turn["session"])
+        self._turns[key] = max(self._turns[key], turn["turn"])
+        if turn["status"] == "ok":
+            self._said.setdefault(key, []).extend([{"role": "user", "content": turn["message"]}, {"role": "assistant", "content": turn["reply"]}])
+
+    # --- at the door --------------------------------------------------------------------------------------------------
+
+    def _answered(self, action: Any) -> Any:
+        async def answer(request: Request) -> JSONResponse:
+            received = time.monotonic()
+            try:
+                content = _object(await request.body())
+                participant = self.allocation.participant(content.get("token"))
+                if participant is None:
+                    raise Refused(403, "not allowed")
+                self._count(participant, received)
+                # what a participant said is answered and logged whether or not the connection holds
+                return JSONResponse(await asyncio.shield(asyncio.ensure_future(action(participant, content, received))))
+            except Refused as refused:
+                return refused.response()
+            except Exception:  # a log that cannot be written, too: nothing about it is for a participant's eyes
+                return Refused(503, FAILED, retry_after=5).response()
+
+        return answer
+
+    def _count(self, participant: Participant, now: float) -> None:
+        """Refuse more than so many requests of one token in any minute."""
+        recent, most = self._recent[participant.name], self.allocation.conduct.per_minute
+        while recent and now - recent[0] >= 60:
+            recent.popleft()
+        if len(recent) >= most:
+            raise Refused(429, f"at most {most} messages a minute", retry_after=math.ceil(60 - (now - recent[0])))
+        recent.append(now)
+
+    def _session(self, participant: Participant, content: Mapping[str, Any]) -> str:
+        given = content.get("session")
+        if given is None:
+            return secrets.token_hex(8)
+        if not isinstance(given, str) or not SESSION.fullmatch(given):
+            raise Refused(400, "session: 1 to 64 letters, digits, - and _")
+        return given
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise Refused(400, "expected a JSON object with token and message")
+    return content
+
+
+def _asked(content: Mapping[str, Any], longest: int) -> tuple[Message, list[Message] | None]:
+    """The new message, and the conversation before it where the client sent it."""
+    if ("message" in content) == ("messages" in content):
+        raise Refused(400, "give either message or messages")
+    unknown = set(content) - {"token", "session", "message", "messages"}
+    if unknown:
+        raise Refused(400, "there is token, session, message and messages; nothing else is read")
+    if "message" in content:
+        return _message(content["message"], longest), None
+    given = content["messages"]
+    if not isinstance(given, list) or not given or not all(isinstance(one, dict) and set(one) == {"role", "content"} for one in given):
+        raise Refused(400, "messages: a list of objects with role and content")
+    if given[-1]["role"] != "user":
+        raise Refused(400, "messages: the last one is the user's")
+    return _message(given[-1]["content"], longest), given[:-1]
+
+
+def _message(text: Any, longest: int) -> Message:
+    if not isinstance(text, str) or not text.strip() or len(text) > longest:
+        raise Refused(400, f"a message is a text of 1 to {longest} characters")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Refused(400, "a message is Unicode text without lone surrogates") from error
+    return {"role": "user", "content": text}
+
+
+def _moment(timestamp: float) -> str:
+    return datetime.fromtimestamp(timestamp, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+# --- who replies ----------------------------------------------------------------------------------------------------------
+
+
+class EngineSpeaker:
+    """The embedded engine of the same process."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.model = engine, engine.name
+
+    async def reply(self, messages: Sequence[Message], steering: Sequence[Mapping[str, Any]], conduct: Conduct, seed: int) -> AsyncIterator[str]:
+        from relseek_resources.serving.engine import Request as Asked
+
+        wanted = requests.canonical(requests.read(list(steering), self.engine.vectors))
+        prompt = await asyncio.to_thread(self.engine.prompt, list(messages))
+        asked = Asked(prompt, conduct.max_tokens, wanted, conduct.temperature, conduct.top_p, seed)
+        [ticket] = self.engine.submit([asked])
+        async for piece in ticket:
+            if piece.text:
+                yield piece.text
+
+
+class ServerSpeaker:
+    """Another server of OpenAI's protocol that steers: vLLM with the plugin, or `relseek serve`."""
+
+    def __init__(self, client: Any, model: str) -> None:
+        """`client`: an `openai.AsyncOpenAI`."""
+        self.client, self.model = client, model
+
+    async def reply(self, messages: Sequence[Message], steering: Sequence[Mapping[str, Any]], conduct: Conduct, seed: int) -> AsyncIterator[str]:
+        events = await self.client.chat.completions.create(
+            model=self.model,
+            messages=list(messages),
+            temperature=conduct.temperature,
+            top_p=conduct.top_p,
+            max_tokens=conduct.max_tokens,
+            seed=seed,
+            stream=True,
+            extra_body={"vllm_xargs": {"relseek": json.dumps(list(steering))}},
+        )
+        async with events:
+            async for event in events:
+                if event.choices and event.choices[0].delta.content:
+                    yield event.choices[0].delta.content
+
+
+# --- servers ------------------------------------------------------------------------------------------------------------
+
+
+def engine_routes(engine: Engine, settings: Settings, arms: Path, log: Path) -> list[Route]:
+    """The trial's routes beside the embedded engine's own, for `server.create_app`.
+
+    Raises:
+        ArmsError: an arms file that this server cannot serve, or a server without a key: its participants could ask for any dose.
+        StorageError: a log that cannot be written or resumed.
+    """
+    if not settings.keys:
+        raise ArmsError("a server that runs a trial needs a key, or its participants could read the list of vectors and ask for any dose")
+    allocation = read_allocation(arms)
+    check_offered(allocation, {"vectors": engine.vectors.described(), "limits": {"multiplier": engine.vectors.limits.dose}})
+    return Trial(allocation, EngineSpeaker(engine), TurnLog(log)).routes()
+
+
+def create_app(trial: Trial) -> Starlette:
+    """A server of a trial's routes and nothing else, to stand before the one that replies.
+
+    Participants prove who they are by their tokens, whose own rate limit holds; there are no other routes that a key could guard.
+    """
+    from relseek_resources.serving.server import Guard, Settings
+
+    app = Starlette(routes=[*trial.routes(), Route("/health", _health)])
+    app.add_middleware(Guard, settings=Settings(keys=(secrets.token_hex(),), rate=0))
+    return app
+
+
+async def _health(_request: Request) -> JSONResponse:
+    return JSONResponse({"status": "ok"})

@@ -1,0 +1,122 @@
+"""`relseek serve`: which vectors it serves, from where, and what it says of what is missing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from relseek_assets import serve
+from relseek_assets.selection.metrics import SELECTION
+from relseek_assets.study import StudyError, load_study
+from relseek_resources.serving.server import Settings
+from relseek_resources.serving.vectors import Configuration, Vectors
+from relseek_resources.storage import write_table, write_tensors
+
+SITES = ("smollm2-135m:L12", "smollm2-135m:L15")
+WIDTH = 576
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Dagster home with the vectors of both of quickstart's sites and no selection."""
+    (tmp_path / "dagster.yaml").write_text("")
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    monkeypatch.delenv("RELSEEK_STORE", raising=False)
+    drawn = np.random.default_rng(0)
+    for site in SITES:
+        file = tmp_path / "store" / "quickstart" / "steering_vectors" / site / "e02.safetensors"
+        file.parent.mkdir(parents=True)
+        write_tensors(file, {"vector": drawn.normal(size=WIDTH).astype(np.float32)}, {"site": site})
+    return tmp_path / "store" / "quickstart"
+
+
+def select(store: Path, site: str) -> None:
+    numbers: dict[str, Any] = dict.fromkeys(SELECTION.names, np.nan)
+    fixed = {"epoch": 2, "pareto": True, "selected_share": 1.0, "candidates": 2, "n": 3, "reason": ""}
+    rows = [{**numbers, **fixed, "site": one, "selected": one == site} for one in SITES]
+    (store / "selection").mkdir()
+    write_table(store / "selection" / "all.parquet", pd.DataFrame(rows, columns=list(SELECTION.names)), SELECTION)
+
+
+def gathered(*given: str, site: str | None = None, every: bool = False) -> serve.Served:
+    return serve.gathered("quickstart", None, site, None, every, "response_mean", given)
+
+
+def test_the_selected_vector_is_served_byte_by_byte(store: Path) -> None:
+    select(store, SITES[1])
+    served = gathered()
+    [vector] = served.vectors
+    assert vector.name == "smollm2-135m:L15@e02"
+    vectors = Vectors(Configuration.from_json(served.configuration()), 30, WIDTH)
+    content = (store / "steering_vectors" / SITES[1] / "e02.safetensors").read_bytes()
+    registered = vectors.by_name[vector.name]
+    assert registered.sha256 == vector.sha256 == hashlib.sha256(content).hexdigest()
+    assert registered.home == (15,) and vectors.default == {"vector": vector.name}
+    assert vectors.limits.dose == load_study("quickstart").dose_limit
+    assert (served.folder / serve.HASHES).read_text() == f"{vector.sha256}  smollm2-135m_L15@e02.safetensors\n"
+
+
+def test_others_come_behind_the_selected_one(store: Path, tmp_path: Path) -> None:
+    select(store, SITES[1])
+    mine = tmp_path / "mine.safetensors"
+    write_tensors(mine, {"vector": np.ones(WIDTH, np.float32)}, {"layer": "3"})
+    served = gathered(f"mine={mine}", every=True)
+    assert [vector.name for vector in served.vectors] == ["smollm2-135m:L15@e02", "smollm2-135m:L12@e02", "mine"]
+    assert gathered(site=SITES[0]).vectors[0].name == "smollm2-135m:L12@e02"
+
+
+@pytest.mark.parametrize(
+    ("given", "site", "says"),
+    [
+        ((), None, "relseek run quickstart --select selection"),  # nothing selected, and nobody to ask
+        ((), "smollm2-135m:L13", "there is smollm2-135m:L12 epoch 2, smollm2-135m:L15 epoch 2"),
+        (("mine",), SITES[0], "give NAME=FILE"),
+        (("mine=none.safetensors",), SITES[0], "is no .safetensors file"),
+    ],
+)
+def test_what_is_missing_is_said(store: Path, given: tuple[str, ...], site: str | None, says: str) -> None:
+    with pytest.raises(StudyError, match=says):
+        gathered(*given, site=site)
+
+
+def test_an_empty_store_names_the_command_that_fills_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dagster.yaml").write_text("")
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    found = CliRunner().invoke(serve.serve, ["quickstart"])
+    assert found.exit_code == 1 and "`relseek run quickstart` makes them" in found.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["quickstart", "--host", "0.0.0.0"], "needs a key"),
+        (["quickstart", "--", "--dtype", "half"], "only --engine vllm"),
+        (["quickstart", "--model", "x"], "not both"),
+        ([], "name a STUDY, or give --model"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused(store: Path, arguments: list[str], says: str) -> None:
+    found = CliRunner().invoke(serve.serve, arguments)
+    assert found.exit_code and says in found.output
+
+
+def test_vllm_is_started_with_the_plugins_configuration(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "converted", lambda source: Path("/models/smollm2"))
+    served = gathered(site=SITES[0])
+    command, environment = serve.vllm_command(served, Settings("0.0.0.0", 8001, ("secret",)), 1024, ["--tensor-parallel-size", "3"])
+    configuration = Configuration.from_json(json.loads(command[command.index("--additional-config") + 1])["relseek"])
+    assert Vectors(configuration, 30, WIDTH).by_name["smollm2-135m:L12@e02"].home == (12,)
+    assert environment["VLLM_API_KEY"] == "secret" and "secret" not in command  # a command line can be read by everybody
+    assert environment["VLLM_PLUGINS"] == "relseek" and command[-2:] == ["--tensor-parallel-size", "3"]
+
+
+def test_what_is_printed_shows_no_key(store: Path) -> None:
+    text = serve.described(gathered(site=SITES[0]), Settings(keys=("secret",)), "embedded")
+    assert "secret" not in text and "Bearer KEY" in text and "smollm2-135m:L12@e02" in text
