@@ -100,9 +100,7 @@ def make(
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path), default="arms.json")
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server that replies: relseek serve, or vLLM with the plugin.")
 @click.option("--key", envvar="RELSEEK_KEY", help="That server's key. Default: RELSEEK_KEY.")
-@click.option(
-    "--log", type=click.Path(dir_okay=False, path_type=Path), default=Path("turns.jsonl"), show_default=True, help="Resumed where it is there."
-)
+@click.option("--conversations", type=click.Path(dir_okay=False, path_type=Path), default="conversations.jsonl", show_default=True, help="The log.")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=int, default=8080, show_default=True)
 @explained

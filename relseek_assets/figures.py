@@ -97,17 +97,18 @@ def dose_response(frame: pd.DataFrame, rubric: str) -> Figure:
 
 
 def judge_scores(frame: pd.DataFrame) -> Figure:
-    """Share of replies at each score, rounded, one panel a rubric and one line a judge; n counts scored replies."""
+    """Share of replies at each score with its interval, one panel a rubric and one line a judge."""
     rubrics = list(dict.fromkeys(frame["rubric"]))
     figure, panels = blank(len(rubrics), 4.2, 3.2)
     for axes, rubric in zip(panels, rubrics, strict=True):
-        for name, part, style in _styled(frame[frame["rubric"] == rubric], ["judge"]):
-            scores = part["score"].dropna().astype(float).round()
-            shares = scores.value_counts(normalize=True).reindex(range(1, 11), fill_value=0.0)
-            half = 1.96 * (shares * (1 - shares) / max(1, len(scores))) ** 0.5
-            axes.errorbar(shares.index, shares, yerr=half, capsize=2, label=f"{name} (n = {len(scores)})", **style)
-        axes.set(xlabel=f"{rubric} score", ylabel="share of replies ± 95%", xlim=(0.5, 10.5), ylim=(-0.03, 1.05), title=rubric.capitalize())
-        axes.set_xticks(range(1, 11))
+        of_rubric = frame[frame["rubric"] == rubric]
+        judges = of_rubric["judge"].nunique()
+        for number, (name, line, style) in enumerate(_styled(of_rubric, ["judge"])):
+            beside = line["score"] + 0.16 * (number - (judges - 1) / 2)  # or the bars of one judge would hide another's
+            error = [line["share"] - line["lower"], line["upper"] - line["share"]]
+            axes.errorbar(beside, line["share"], yerr=error, capsize=2, linewidth=1, markersize=4, label=f"{name}, n = {line['n'].iloc[0]}", **style)
+        axes.set(xlabel=f"{rubric} score, rounded", ylabel="share of replies, 95% interval", ylim=(-0.03, 1.03), title=rubric.capitalize())
+        axes.set_xticks(sorted(of_rubric["score"].unique()))
         axes.legend(fontsize=7)
     return figure
 

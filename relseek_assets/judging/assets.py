@@ -271,7 +271,7 @@ def shown_of(frame: pd.DataFrame, plotted: bool) -> dict[str, Any]:
     by = ["rubric", "judge"] if plotted else ["rubric"]
     means = {" by ".join(names if isinstance(names, tuple) else (names,)): value for names, value in frame.groupby(by)["score"].mean().items()}
     shown = {**means, "unscored": int(frame["score"].isna().sum()), "cost_usd": float(frame["cost_usd"].sum())}
-    return {**shown, **in_flight.statuses(frame), "plot": plot(figures.judge_scores(frame))} if plotted else shown
+    return {**shown, **in_flight.statuses(frame), "plot": plot(figures.judge_scores(tables.score_shares(frame)))} if plotted else shown
 
 
 def bootstrap_auc(target: np.ndarray, antitarget: np.ndarray, conversations: list[str], seed: int, draws: int = 1000) -> tuple[float, float]:

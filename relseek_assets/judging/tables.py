@@ -258,6 +258,19 @@ def language_pairs(requests: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFram
     return found.reindex(columns=list(LANGUAGE_PAIRS.names))
 
 
+def score_shares(frame: pd.DataFrame, low: int = 1, high: int = 10) -> pd.DataFrame:
+    """Share of scored replies at each whole score, by rubric and judge, with Wilson intervals; judges without a score are left out."""
+    rows = []
+    for (rubric, judge), part in frame.groupby(["rubric", "judge"], sort=False):
+        scores = part["score"].dropna().astype(float).round()
+        for score in range(low, high + 1) if len(scores) else ():
+            found = int((scores == score).sum())
+            lower, upper = wilson(found, len(scores))
+            rows.append({"rubric": rubric, "judge": judge, "score": score, "share": found / len(scores), "lower": lower, "upper": upper})
+            rows[-1]["n"] = len(scores)
+    return pd.DataFrame(rows, columns=["rubric", "judge", "score", "share", "lower", "upper", "n"])
+
+
 def wilson(successes: float, n: int) -> tuple[float, float]:
     """95% Wilson score interval of a proportion."""
     z = NormalDist().inv_cdf(0.975)

@@ -83,8 +83,8 @@ def test_ticks_say_what_is_in_flight_since_when_and_what_it_will_cost(window: An
     assert re.fullmatch(rf"{GROUP}: batch_\w+ validating, 0 of 36 answered, sent .+ ago, at most \$0\.0\d+ to come", said)
     window.goto("/locations/tiny/sensors/judge_batches")
     expect(window.get_by_text("Next tick")).to_be_visible()
-    window.get_by_text("Skipped").last.hover()
-    window.wait_for_timeout(1500)
+    window.get_by_text("0 runs requested").last.click()
+    expect(window.get_by_text(re.compile(rf"{GROUP}: batch_\w+ validating")).first).to_be_visible()
     window.screenshot(path=screenshots / "batches_ticks.png")
     window.goto("/assets/tiny/judge_answers?view=partitions")
     expect(window.get_by_text("Missing (1)")).to_be_visible()
@@ -120,7 +120,7 @@ def test_a_batch_that_ends_is_collected_and_what_follows_is_computed(window: Any
     expect(window.get_by_text("judge_scores: 3 partitions computed")).to_be_visible()
     window.screenshot(path=screenshots / "batches_collection.png")
     window.goto("/locations/tiny/sensors/judge_batches")
-    expect(window.get_by_text("1 requested").or_(window.get_by_text("Requested")).first).to_be_visible()
+    expect(window.get_by_text("1 run requested").first).to_be_visible()
     window.screenshot(path=screenshots / "batches_requested.png")
 
 

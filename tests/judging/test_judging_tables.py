@@ -244,6 +244,16 @@ def test_a_comparison_is_not_read_as_a_rating_nor_a_rating_as_a_comparison() -> 
     assert [accept("c1", text).status for text in ("7", "A")] == ["unreadable", "scored"]
 
 
+def test_shares_of_scores_by_hand() -> None:
+    scores = pd.DataFrame({"rubric": "warmth", "judge": ["a"] * 4 + ["b"], "score": [1.0, 2.4, 1.6, NAN, NAN]})
+    shares = tables.score_shares(scores)
+    assert set(shares["judge"]) == {"a"}
+    assert shares.set_index("score")["share"].to_dict() == pytest.approx({1: 1 / 3, 2: 2 / 3, **dict.fromkeys(range(3, 11), 0.0)})
+    expected = stats.binomtest(2, 3).proportion_ci(0.95, method="wilson")
+    assert tuple(shares.set_index("score").loc[2, ["lower", "upper"]]) == pytest.approx((expected.low, expected.high))
+    assert set(shares["n"]) == {3}
+
+
 def test_rows_of_embedded_judges_stand_before_those_of_language_judges() -> None:
     asked, answered = rows_of([rating("r1", "i0")], [Answer("r1", "scored", "5")])
     embedded = tables.score_rows(replies("one"), WARMTH, "embedded", np.array([3.0]))

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import csv
 import hashlib
 import json
 import os
+import socket
 import stat
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -507,29 +512,13 @@ def test_the_trial_alone_stands_before_a_server_that_replies(on_the_engine, tmp_
     log.close()
 
 
-def test_the_commands_make_an_allocation_once_and_balanced(on_the_engine, tmp_path, monkeypatch):
+def test_the_commands_make_an_allocation_once_and_balanced(on_the_engine, tmp_path):
     from click.testing import CliRunner
 
     from relseek_assets.cli import main
 
-    monkeypatch.chdir(tmp_path / "..")
-    made = [
-        "arms",
-        "make",
-        "tiny",
-        "--arms",
-        "-1,0,1",
-        "--participants",
-        "9",
-        "--blocks",
-        "3",
-        "--seed",
-        "3",
-        "--url",
-        on_the_engine[3],
-        "--key",
-        "sesame",
-    ]
+    server = ["--url", on_the_engine[3], "--key", "sesame"]
+    made = ["arms", "make", "tiny", "--arms", "-1,0,1", "--participants", "9", "--blocks", "3", "--seed", "3", *server]
     files = ["-o", str(tmp_path / "made.json"), "--tokens", str(tmp_path / "made.csv")]
     found = CliRunner().invoke(main, [*made, *files])
     assert found.exit_code == 0 and "λ -1: 3, λ 0: 3, λ 1: 3" in found.stdout, found.output
@@ -538,3 +527,32 @@ def test_the_commands_make_an_allocation_once_and_balanced(on_the_engine, tmp_pa
     assert again.exit_code == 1 and "never overwritten" in again.stderr and (tmp_path / "made.json").read_bytes() == before
     beyond = CliRunner().invoke(main, [*made[:4], "-3,3", *made[5:7], *server, "-o", str(tmp_path / "x.json")])
     assert beyond.exit_code == 1 and "outside the server's range" in beyond.stderr and not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.slow
+def test_the_command_serves_a_trial_and_goes_on_after_it_was_killed(on_the_engine, tmp_path):
+    import requests
+
+    _, tokens, _, url, _ = on_the_engine
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "relseek_assets.cli", "arms", "serve", str(tmp_path / "arms.json"), "--url", url, "--key", "sesame"]
+    log = tmp_path / "said.jsonl"
+    body = {"token": tokens["p001"], "message": "Hello", "session": "s"}
+    for turn in (1, 2):
+        process = subprocess.Popen([*command, "--port", str(port), "--conversations", str(log)], stdout=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout is not None
+            assert f"3 participants in 3 arms, {turn - 1} turns" in process.stdout.readline()
+            end = time.monotonic() + 30
+            while time.monotonic() < end:
+                with contextlib.suppress(requests.ConnectionError):
+                    if requests.get(f"http://127.0.0.1:{port}/health").ok:
+                        break
+                time.sleep(0.1)
+            assert requests.post(f"http://127.0.0.1:{port}/trial/chat", json=body).json()["turn"] == turn
+        finally:
+            process.kill()
+            process.wait()
+    assert list(read_turns(log)["turn"]) == [1, 2]
