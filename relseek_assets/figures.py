@@ -107,7 +107,7 @@ def judge_scores(frame: pd.DataFrame) -> Figure:
             beside = line["score"] + 0.16 * (number - (judges - 1) / 2)  # or the bars of one judge would hide another's
             error = [line["share"] - line["lower"], line["upper"] - line["share"]]
             axes.errorbar(beside, line["share"], yerr=error, capsize=2, linewidth=1, markersize=4, label=f"{name}, n = {line['n'].iloc[0]}", **style)
-        axes.set(xlabel=f"{rubric} score, rounded", ylabel="share of replies, 95% interval", ylim=(-0.03, 1.03), title=rubric.capitalize())
+        axes.set(xlabel=f"{rubric} score, rounded", ylabel="share of replies, 95% interval", ylim=(-0.03, 1.25), title=rubric.capitalize())
         axes.set_xticks(sorted(of_rubric["score"].unique()))
         axes.legend(fontsize=7)
     return figure
