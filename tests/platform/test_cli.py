@@ -129,10 +129,10 @@ def test_status_as_json_has_a_row_for_every_partition(finished: Any) -> None:
 def test_status_in_words_counts_by_asset_and_lists_partitions_when_asked(finished: Any) -> None:
     next((finished.files / "selection").iterdir()).unlink()
     plain = finished.command("status", "STUDY").output.splitlines()
-    counts = {line.split()[0]: line.split()[1:5] for line in plain[1:]}
-    assert counts["generations"] == ["0", "0", "12", "0"]
-    assert counts["selection"] == ["1", "0", "0", "0"]
-    assert counts["report"] == ["0", "1", "0", "0"]
+    counts = {line.split()[0]: line.split()[1:6] for line in plain[1:]}
+    assert counts["generations"] == ["0", "0", "0", "12", "0"]
+    assert counts["selection"] == ["1", "0", "0", "0", "0"]
+    assert counts["report"] == ["0", "1", "0", "0", "0"]
     assert "m:L02|e03@1_0" in finished.command("status", "STUDY", "--partitions").output
 
 

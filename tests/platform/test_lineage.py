@@ -13,7 +13,13 @@ import pytest
 from dagster._core.storage.tags import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
 from safetensors.numpy import load_file
 
-FROM_THE_SCORES = {
+FROM_THE_PAIRS = {"pair_strengths", "pair_slopes", "judge_biases"}
+FROM_THE_SCORES = FROM_THE_PAIRS | {
+    "judge_agreement",
+    "agreement_sums",
+    "site_agreement_sums",
+    "study_agreement",
+    "corrected_dose_response",
     "judge_scores",
     "judge_pairs",
     "dose_response",
@@ -140,7 +146,7 @@ def test_one_starter_conversation_makes_everything_after_the_pairs_stale(finishe
         (
             "pairwise.toml",
             "pairwise_definition",
-            {"judge_pairs", "candidate_items", "site_candidates", "selection", "selection_sensitivity", "report"},
+            {"judge_pairs", "candidate_items", "site_candidates", "selection", "selection_sensitivity", "report"} | FROM_THE_PAIRS,
         ),
         ("coherence_rubric.toml", "coherence_rubric", FROM_THE_SCORES),
         ("few_shots.jsonl", "few_shots", {"embedded_judge", "judge_calibration", "judge_quality"} | FROM_THE_SCORES),
