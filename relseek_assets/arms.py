@@ -107,7 +107,9 @@ def make(
 def serve(file: Path, url: str, key: str | None, conversations: Path, host: str, port: int) -> None:
     """Serve the trial of an arms FILE, and nothing else, before a server that replies.
 
-    FILE is what `relseek arms make` wrote. That server, vLLM perhaps, must be out of participants' reach. With the embedded engine `relseek serve --arms` does without this one. Either way
+    FILE is what `relseek arms make` wrote.
+
+    That server, vLLM perhaps, must be out of participants' reach. With the embedded engine `relseek serve --arms` does without this one. Either way
     TLS belongs before it.
 
     \b
