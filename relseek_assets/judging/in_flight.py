@@ -83,8 +83,8 @@ class Asked:
 
     @property
     def to_come_usd(self) -> float:
-        """The estimate of what is in flight, an upper one."""
-        return sum(batch.estimated_usd for batch in self.open)
+        """The estimate, an upper one, of what is in flight or has ended and was not collected: charged perhaps, and not among what was paid yet."""
+        return sum(batch.estimated_usd for batch in self.batches if not batch.collected)
 
     @property
     def since(self) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +34,9 @@ STATUSES: tuple[str, ...] = (
     "cancelled",
     "missing",
 )
+
+
+NUMBER = re.compile(r"[+-]?\d{1,300}(\.\d*)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,9 @@ def read_score(raw: str | None, low: float = 1.0, high: float = 10.0) -> Reading
     """
     value = _field(raw, "score")
     if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
+        if not NUMBER.fullmatch(value.strip()):  # `float` would take 1_0 and infinity
             return Reading("unreadable")
+        value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value < math.inf:
         return Reading("unreadable")
     return Reading("scored", score=float(value)) if low <= value <= high else Reading("out_of_range")

@@ -29,6 +29,7 @@ def drawn_scores(noise: float = 0.5) -> pd.DataFrame:
 
 def test_slopes_agree_with_statsmodels_whatever_the_authors_are_called() -> None:
     import statsmodels.formula.api as smf
+
     scores = drawn_scores()
     slopes, models = level_models(scores)
     LEVEL_SLOPES.to_arrow(slopes, "slopes")
