@@ -26,13 +26,17 @@ from relseek_assets.event_log import kept_open
 from relseek_assets.judging import in_flight
 from relseek_assets.lineage import Lineage, State
 from relseek_assets.partitions import Cell, cell_of, step_order
+from relseek_assets.serving import assets as serving
+from relseek_assets.serving.deployments import told
 from relseek_assets.stage import StageAsset, Store, multi, partition_order
 from relseek_assets.study import Study
+from relseek_resources.processes import collect_seldom
 
 Node = tuple[str, str | None]
 ASKING = ("EndpointError", "BatchError", "OverBudget", "PriceError", "AuthorError")
 # errors that say what to do; what they were raised from does not
 EXPLAINED = ("StorageError", "VectorFileError", "GeometryError", "BehaviourError", "PersonaSetError", "ModelError", "TrialFault", *ASKING)
+SHORT = 30.0  # seconds that an asset may be expected to take to share a run with others
 PROCESS_TAG = "relseek/process"  # host:pid of the `relseek run` that a run lives in
 
 
@@ -131,6 +135,10 @@ class Workspace:
         """Ask providers what became of the study's batches in flight; what went wrong, in words."""
         return in_flight.look(self.study, self.store.folder(self.study.name)) if self.study.judges else []
 
+    def ask_servers(self) -> list[str]:
+        """Ask the servers that the study's vectors are deployed on what they serve; a line for each that says something new."""
+        return [told(found) for found in serving.asked(self.stage, self.store, self.instance)] if serving.NAME in self.catalogue else []
+
     def path(self, name: str, partition: str | None) -> Path:
         return self.store.path(self.stage.key(name), partition, self.catalogue[name].form)
 
@@ -140,7 +148,8 @@ class Workspace:
         A partition that is fresh by itself but reads one that is missing or stale is stale because of it. One that somebody outside is at work
         on, such as a provider of batches, is waiting, and so is what reads it; neither is ever planned. Upstream of an imported partition nothing
         is asked for. A partition is absent, and never planned, where what it is made from is not here: a
-        published file, another study's asset, or all that it reads of one of the study's own assets.
+        published file, another study's asset, or all that it reads of one of the study's own assets. Of what a command records (`made_by`), the
+        partitions that it has recorded are judged, and none is ever planned.
         """
         lineage = self.lineage()
         found: dict[Node, State] = {}
@@ -179,7 +188,8 @@ class Workspace:
 
         for name in names or self.order():
             for partition in self.partitions(name):
-                visit((name, partition))
+                if not self.catalogue[name].made_by or self.path(name, partition).is_file():
+                    visit((name, partition))
         return found
 
     def _lacking(self, lineage: Lineage, name: str, inputs: Sequence[tuple[dg.AssetKey, str | None]]) -> str:
@@ -221,7 +231,7 @@ class Workspace:
         tasks: dict[str, Task] = {}
         for name in self.order():
             for (asset, partition), state in sorted(states.items(), key=lambda found: partition_order(found[0][1])):
-                if asset == name and state.status in ("missing", "stale"):
+                if asset == name and state.status in ("missing", "stale") and not self.catalogue[name].made_by:
                     tasks.setdefault(name, Task(self.catalogue[name])).add(partition, state.reason or state.status)
         for task in tasks.values():
             self._estimate(task)
@@ -251,6 +261,7 @@ class Workspace:
         Raises:
             PlanError: a step failed; what was finished before it is kept, and a second call goes on from there.
         """
+        collect_seldom()
         with self._alone(), kept_open(self.instance):
             return self._run(select, say)
 
@@ -273,31 +284,65 @@ class Workspace:
     def _run(self, select: Sequence[str], say: Callable[[str], None]) -> int:
         self.end_dead_runs()
         planned = self.plan(select)
+        title = {task.asset.name: f"[{number}/{len(planned)}] {task.asset.name}" for number, task in enumerate(planned, 1)}
         done = 0
         held: dict[Node, str] = {}  # partitions that wait since this run began, and for what
-        for number, task in enumerate(planned, 1):
-            name = task.asset.name
-            wanted, left_out = self._wanted(name, task.partitions, held)
-            if left_out:
-                say(f"[{number}/{len(planned)}] {name}: {_count(len(left_out), 'partition')} left out: {left_out[0]}")
-            if not wanted:
-                if not left_out:
-                    say(f"[{number}/{len(planned)}] {name}: unchanged after all")
-                continue
-            if task.asset.bill and (refusal := task.asset.bill(self.store.folder(self.study.name), wanted).refusal):
-                raise PlanError(f"{name}: {refusal}")
-            say(f"[{number}/{len(planned)}] {name}: {_count(len(wanted), 'partition')} ...")
-            start = time.monotonic()
-            for box in self._boxes(name, wanted):
-                self._execute(name, box)
-            say(f"[{number}/{len(planned)}] {name}: done in {time.monotonic() - start:.1f} s")
-            done += len(wanted)
-            if task.asset.waits:  # what came back may have been asked again
-                undone, left_out = self._wanted(name, wanted, held)
-                done -= len(undone) + len(left_out)
+        for tasks in self._together(planned):
+            wanted: dict[str, list[str | None]] = {}
+            for task in tasks:
+                name = task.asset.name
+                found, left_out = self._wanted(name, task.partitions, held)
                 if left_out:
-                    say(f"[{number}/{len(planned)}] {name}: {_count(len(left_out), 'partition')} left out: {left_out[0]}")
+                    say(f"{title[name]}: {_count(len(left_out), 'partition')} left out: {left_out[0]}")
+                if not found:
+                    if not left_out:
+                        say(f"{title[name]}: unchanged after all")
+                    continue
+                if task.asset.bill and (refusal := task.asset.bill(self.store.folder(self.study.name), found).refusal):
+                    raise PlanError(f"{name}: {refusal}")
+                say(f"{title[name]}: {_count(len(found), 'partition')} ...")
+                wanted[name] = found
+            start = time.monotonic()
+            for names, box in self._runs(wanted):
+                self._execute(names, box)
+            for name in wanted:
+                say(f"{title[name]}: done in {time.monotonic() - start:.1f} s{' with those beside it' if len(wanted) > 1 else ''}")
+            done += sum(map(len, wanted.values()))
+            for task in tasks:
+                name = task.asset.name
+                if name in wanted and task.asset.waits:  # what came back may have been asked again
+                    undone, left_out = self._wanted(name, wanted[name], held)
+                    done -= len(undone) + len(left_out)
+                    if left_out:
+                        say(f"{title[name]}: {_count(len(left_out), 'partition')} left out: {left_out[0]}")
         return done
+
+    def _together(self, planned: Sequence[Task]) -> Iterator[list[Task]]:
+        """A plan in the parts that share a Dagster run, which costs nearly half a second: short neighbours of one partition, none read by another.
+
+        Whatever lies between two assets of a plan is in the plan too, so that what an asset reads itself is all to look at.
+        """
+        shared: list[Task] = []
+        for task in planned:
+            alone = task.partitions != [None] or task.seconds > SHORT or task.asset.waits is not None
+            read = {key.path[-1] for key in self.graph.get(self.stage.key(task.asset.name)).parent_keys if self._mine([key])}
+            if shared and (alone or read & {other.asset.name for other in shared}):
+                yield shared
+                shared = []
+            if alone:
+                yield [task]
+            else:
+                shared.append(task)
+        if shared:
+            yield shared
+
+    def _runs(self, wanted: Mapping[str, Sequence[str | None]]) -> Iterator[tuple[list[str], list[str | None]]]:
+        """The runs that compute what is wanted: (assets, partitions); several assets only where none has partitions."""
+        if len(wanted) > 1:
+            yield list(wanted), [None]
+        for name, partitions in wanted.items() if len(wanted) == 1 else ():
+            for box in self._boxes(name, partitions):
+                yield [name], box
 
     def follow(self, target: str, say: Callable[[str], None] = lambda line: None) -> int:
         """Compute what is missing or stale of the answers about one site and epoch (a partition key) and of all that follows from them.
@@ -318,7 +363,7 @@ class Workspace:
             ready = [partition for partition in unsettled if self._read(lineage, name, partition) <= settled]
             wanted, _ = self._wanted(name, ready, {})
             for box in self._boxes(name, wanted) if wanted else ():
-                self._execute(name, box)
+                self._execute([name], box)
             undone, left_out = self._wanted(name, wanted, {})
             if ready:
                 settled |= {(name, partition) for partition in ready} - {(name, partition) for partition in undone} if not left_out else set()
@@ -372,13 +417,14 @@ class Workspace:
             for part in _neighbours(sorted(steps[sites[0]], key=step_order), all_steps):
                 yield [multi(f"{site}|{step}" if step else site) for site in sites for step in part]
 
-    def _execute(self, name: str, box: Sequence[str | None]) -> None:
-        key = self.stage.key(name)
+    def _execute(self, names: Sequence[str], box: Sequence[str | None]) -> None:
+        keys = {self.stage.key(name) for name in names}
         tags = {}
         if box[0] is not None:
             tags = {ASSET_PARTITION_RANGE_START_TAG: str(box[0]), ASSET_PARTITION_RANGE_END_TAG: str(box[-1])}
-        checks = [check for check in self.definitions.resolve_asset_graph().asset_check_keys if check.asset_key in (key, *self._checked_sources(key))]
-        job = self.definitions.resolve_implicit_global_asset_job_def().get_subset(asset_selection={key}, asset_check_selection=set(checks))
+        checked = keys.union(*map(self._checked_sources, keys))
+        checks = {check for check in self.definitions.resolve_asset_graph().asset_check_keys if check.asset_key in checked}
+        job = self.definitions.resolve_implicit_global_asset_job_def().get_subset(asset_selection=keys, asset_check_selection=checks)
         result = job.execute_in_process(
             instance=self.instance,
             run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
@@ -391,7 +437,8 @@ class Workspace:
             while error is not None and error.cause is not None and error.cls_name not in EXPLAINED:
                 error = error.cause
             message = error.message.strip() if error else "see the run in the UI"
-            raise PlanError(f"{name} failed: {message}\n(run {result.run_id}; `relseek run` again goes on from here)")
+            failed = failures[0].step_key.removeprefix(f"{self.study.name}__") if failures and failures[0].step_key else ", ".join(names)
+            raise PlanError(f"{failed} failed: {message}\n(run {result.run_id}; `relseek run` again goes on from here)")
 
     def _checked_sources(self, key: dg.AssetKey) -> list[dg.AssetKey]:
         return [parent for parent in self.graph.get(key).parent_keys if self.graph.get(parent).is_external and key.path[-1] == "preference_pairs"]

@@ -5,6 +5,7 @@ Here belongs how pieces are spread over processes. What a piece is belongs to th
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import threading
@@ -21,12 +22,19 @@ Result = TypeVar("Result")
 
 FEWEST = 6  # pieces; below it the start of other processes costs more than it saves
 PAIR = 2  # pieces; enough for processes that run already
+MADE = 50_000  # objects made between two looks for garbage in cycles; the default of 700 costs long work a tenth of its time
 AHEAD = 3  # pieces for each process that are made before they are asked for
 
 
 def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def collect_seldom() -> None:
+    """Look for garbage in cycles less often, and never again among what is there now, which is modules for the most part."""
+    gc.freeze()
+    gc.set_threshold(MADE, 20, 20)
 
 
 _pools: list[ProcessPoolExecutor] = []
@@ -58,6 +66,7 @@ def _started(modules: Sequence[str] = ()) -> ProcessPoolExecutor:
 def _of_one_thread() -> None:
     """Processes that fill the cores have one thread each for linear algebra; more would take turns."""
     threadpool_limits(1)
+    collect_seldom()
 
 
 def in_order(work: Callable[[Piece], Result], pieces: Iterable[Piece], count: int) -> Iterator[Result]:

@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +143,18 @@ class TableSchema:
         unknown = [name for name in frame.columns if name not in self.names]
         if missing or unknown:
             raise StorageError(f"{where}: table {self.name} lacks the columns {missing} and has unknown columns {unknown}")
+        if frame.empty:
+            return self.arrow.empty_table()
         arrays = [self._column(frame[column.name], column, where) for column in self.columns]
-        fields = [
-            pa.field(column.name, column.arrow_type, column.nullable, {"meaning": column.meaning, "unit": column.unit}) for column in self.columns
-        ]
         if self.key and frame.duplicated(list(self.key)).any():
             first = frame[frame.duplicated(list(self.key))].iloc[0][list(self.key)].to_dict()
             raise StorageError(f"{where}: table {self.name} holds two rows with the key {first}")
-        return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+        return pa.Table.from_arrays(arrays, schema=self.arrow)
+
+    @cached_property
+    def arrow(self) -> pa.Schema:
+        """The schema as Arrow's, with meanings and units as metadata of its fields."""
+        return pa.schema([pa.field(part.name, part.arrow_type, part.nullable, {"meaning": part.meaning, "unit": part.unit}) for part in self.columns])
 
     def _column(self, values: pd.Series, column: Column, where: str) -> pa.Array:
         what = f"{where}: column {column.name} of table {self.name}"

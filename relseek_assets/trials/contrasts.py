@@ -44,29 +44,29 @@ def specifications(frame: OutcomeFrame, specification: Specification) -> dict[st
 
 
 @lru_cache(maxsize=64)
-def _reference_points(frame: OutcomeFrame, coarsened: bool, doses: tuple[float, ...]) -> tuple[pd.DataFrame, np.ndarray]:
-    """Every combination of dose point, factor level, item and time, and its rows of the design space."""
+def _reference_grids(frame: OutcomeFrame, doses: tuple[float, ...]) -> dict[bool, tuple[pd.DataFrame, np.ndarray]]:
+    """Every combination of dose point, factor level, item and time, and its rows of the design space: by dose (False) and by category (True)."""
     rows = frame.rows
-    axes: dict[str, Sequence[object]] = {}
-    if coarsened:
-        axes["category"] = list(rows["category"].cat.categories)
-    else:
-        axes["dose"] = list(dict.fromkeys([*(doses or frame.doses), float(rows["dose"].mean())]))  # a mean that is a dose must not count twice
-    for factor in frame.factors:
-        axes[factor.column] = list(factor.levels)
+    shared: dict[str, Sequence[object]] = {factor.column: list(factor.levels) for factor in frame.factors}
     if frame.pooled:
-        axes["item"] = list(rows["item"].cat.categories)
+        shared["item"] = list(rows["item"].cat.categories)
     if frame.timed:
-        axes["time"] = list(map(float, frame.endpoints))
-    points = pd.DataFrame(list(itertools.product(*axes.values())), columns=list(axes))
-    return points, grid_rows(frame, points)
+        shared["time"] = list(map(float, frame.endpoints))
+    points = list(dict.fromkeys([*(doses or frame.doses), float(rows["dose"].mean())]))  # a mean that is a dose must not count twice
+    grids = [_combinations({"dose": points, **shared}), _combinations({"category": list(rows["category"].cat.categories), **shared})]
+    found = grid_rows(frame, pd.concat(grids, ignore_index=True))  # one call for both: most of what a call takes does not depend on its rows
+    return {bool(place): (grid, part) for place, (grid, part) in enumerate(zip(grids, np.split(found, [len(grids[0])]), strict=True))}
+
+
+def _combinations(axes: Mapping[str, Sequence[object]]) -> pd.DataFrame:
+    return pd.DataFrame(list(itertools.product(*axes.values())), columns=list(axes))
 
 
 class ReferenceGrid:
     """Rows of a model's design at every reference point, averaged at will. Time enters linearly, so that its two ends give every other."""
 
     def __init__(self, frame: OutcomeFrame, fit: Fit, *, coarsened: bool, doses: tuple[float, ...] = (), analysed: np.ndarray | None = None) -> None:
-        self.points, rows = _reference_points(frame, coarsened, doses)
+        self.points, rows = _reference_grids(frame, doses)[coarsened]
         self._rows = fit.design.rows(rows)
         self._coarsened = coarsened
         self._mean_dose = float(frame.rows["dose"].mean())

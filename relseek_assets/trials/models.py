@@ -28,6 +28,7 @@ from relseek_assets.trials.raw import TrialFault
 
 ESTIMATES = ("estimate", "se", "df", "statistic", "p", "lower", "upper")
 ALIASED = 1e-7  # R's tolerance for a column that others explain
+SAFE = 1e-10  # of the normalised columns: when the least eigenvalue of their products is above it, none is explained by others
 EXTREME_PROBABILITY = 1e-6  # a separated fit stops far beyond it
 SOLVER_TOLERANCE = 1e-7  # of the linear programme that looks for separation
 
@@ -98,8 +99,8 @@ def grid_rows(frame: OutcomeFrame, points: pd.DataFrame) -> np.ndarray:
     for name, values in frame.rows.items():
         if name in ("participant", "value"):
             continue
-        if name not in grid:
-            grid[name] = 0.0 if name == "dose" else _typical(values)
+        typical = 0.0 if name == "dose" else _typical(values)
+        grid[name] = grid[name].fillna(typical) if name in grid else typical
         if isinstance(values.dtype, pd.CategoricalDtype):
             grid[name] = pd.Categorical(grid[name], values.cat.categories)
     return np.asarray(design_space(frame).spec.get_model_matrix(grid, output="numpy"), dtype=float)
@@ -109,7 +110,10 @@ def independent_columns(X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(indices of the columns that no earlier ones explain, null space): which columns R would keep, in R's order."""
     lengths = np.linalg.norm(X, axis=0)
     if (lengths > 0).all():
-        triangle = np.abs(np.diag(np.linalg.qr(X / lengths, mode="r")))
+        scaled = X / lengths
+        if np.linalg.eigvalsh(scaled.T @ scaled)[0] > SAFE:  # a lower bound of the squares of the diagonal below, to 1e-14
+            return np.arange(X.shape[1]), np.empty((X.shape[1], 0))
+        triangle = np.abs(np.diag(np.linalg.qr(scaled, mode="r")))
         if len(triangle) == X.shape[1] and triangle.min() > ALIASED:
             return np.arange(X.shape[1]), np.empty((X.shape[1], 0))
     kept: list[int] = []

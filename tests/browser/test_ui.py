@@ -11,6 +11,8 @@ import pandas as pd
 import pyarrow.parquet as parquet
 import pytest
 
+from tests.browser.conftest import HEIGHT, WIDTH
+
 if TYPE_CHECKING:
     from tests.browser.conftest import Ui
 
@@ -173,6 +175,7 @@ def test_the_lineage_shows_the_whole_study(page: Any, ui: Ui, screenshots: Path)
     from relseek_assets.definitions import catalogue
     from relseek_assets.study import load_study
 
+    page.set_viewport_size({"width": WIDTH, "height": 2 * HEIGHT})  # Dagster draws what the window shows and nothing beyond
     page.goto("/asset-groups~code_location%3Atiny/")
     for group in GROUPS:
         expect(page.get_by_text(group, exact=True).first).to_be_visible()
@@ -192,7 +195,7 @@ def whole_lineage(page: Any) -> None:
     of_icon(page, "settings").click()
     page.get_by_text("Change graph to vertical orientation").click()
     page.keyboard.press("Escape")
-    page.mouse.move(700, 500)
+    page.mouse.move(WIDTH / 2, HEIGHT)
     for _ in range(10):  # nodes outside the window are not in the page, so their place is known only once they are near
         page.wait_for_timeout(700)
         left, top, right, bottom = page.locator('[class*="AssetNode_assetName"]').evaluate_all(
@@ -200,11 +203,11 @@ def whole_lineage(page: Any) -> None:
             return [Math.min(...boxes.map(b => b.left)), Math.min(...boxes.map(b => b.top)),
                     Math.max(...boxes.map(b => b.right)), Math.max(...boxes.map(b => b.bottom))]; }"""
         )
-        across, down = (left + right) / 2 - 720, (top + bottom) / 2 - 500
+        across, down = (left + right) / 2 - WIDTH / 2, (top + bottom) / 2 - HEIGHT
         if abs(across) < 8 and abs(down) < 8:
             break
         page.mouse.wheel(across, down)
-    page.mouse.move(700, 20)
+    page.mouse.move(WIDTH / 2, 20)
     page.wait_for_timeout(3000)
 
 
@@ -235,7 +238,7 @@ def test_an_edited_file_shows_what_it_made_stale(page: Any, ui: Ui, screenshots:
     }
     page.goto("/locations/__repository__@tiny/asset-groups/dataset")
     expect(page.get_by_text(re.compile("Unsynced"))).to_have_count(2)
-    page.mouse.move(700, 20)
+    page.mouse.move(WIDTH / 2, 20)
     page.wait_for_timeout(1000)
     page.screenshot(path=screenshots / "unsynced.png")
     page.goto("/assets/tiny/preference_pairs?view=overview")

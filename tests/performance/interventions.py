@@ -1,6 +1,7 @@
 """No intervention costs nothing: short generations inside an empty list of interventions, and inside λ = 0, against the plain model.
 
-A ratio above 1 means that the plain model was slower. Both intervals should include 1 and lie within 3% of it.
+A ratio above 1 means that the plain model was slower. Both intervals should include 1 and lie within 3% of it; many short calls in turn say
+it more narrowly than few long ones, because what slows the machine for a while then slows both.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from relseek_resources import models
 from relseek_resources.models import Add, Intervention, Sampling
 from tests.performance.comparison import Comparison, compare
 
-PAIRS, TURNS, ROWS, TOKENS = 30, 2, 8, 8
+PAIRS, TURNS, ROWS, TOKENS = 30, 8, 2, 2
 LAYER = 14
 WITHIN = 0.03
 QUESTIONS = ("Why do leaves turn red in autumn?", "How do I boil an egg?", "What is a prime number?", "Tell me about the moon.")
