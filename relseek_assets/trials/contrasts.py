@@ -66,7 +66,8 @@ class ReferenceGrid:
     """Rows of a model's design at every reference point, averaged at will. Time enters linearly, so that its two ends give every other."""
 
     def __init__(self, frame: OutcomeFrame, fit: Fit, *, coarsened: bool, doses: tuple[float, ...] = (), analysed: np.ndarray | None = None) -> None:
-        self.points, rows = _reference_grids(frame, doses)[coarsened]
+        points, rows = _reference_grids(frame, doses)[coarsened]
+        self._points = {str(name): values.to_numpy() for name, values in points.items()}
         self._rows = fit.design.rows(rows)
         self._coarsened = coarsened
         self._mean_dose = float(frame.rows["dose"].mean())
@@ -81,20 +82,20 @@ class ReferenceGrid:
             dose: a dose, several to average over, or a category; None is the mean dose, or the average over categories.
             at: levels of factors, or `time`; None is the average over levels, or the mean time of the rows analysed.
         """
-        chosen = np.ones(len(self.points), dtype=bool)
+        chosen = np.ones(len(self._rows), dtype=bool)
         if self._coarsened:
             if dose is not None:
-                chosen &= self.points["category"].eq(dose).to_numpy()
+                chosen &= self._points["category"] == dose
         else:
             wanted = [self._mean_dose] if dose is None else list(dose) if isinstance(dose, tuple) else [dose]
-            chosen &= self.points["dose"].isin(wanted).to_numpy()
+            chosen &= np.isin(self._points["dose"], wanted)
         for name, level in at.items():
             if level is not None and name != "time":
-                chosen &= self.points[name].eq(level).to_numpy()
+                chosen &= self._points[name] == level
         if self._ends is None:
             return self._rows[chosen].mean(axis=0)
         time = at.get("time")
-        first, last = (self._rows[chosen & self.points["time"].eq(end).to_numpy()].mean(axis=0) for end in self._ends)
+        first, last = (self._rows[chosen & (self._points["time"] == end)].mean(axis=0) for end in self._ends)
         moment = self._mean_time if time is None else float(str(time))
         assert moment is not None
         return first + (last - first) * (moment - self._ends[0]) / (self._ends[1] - self._ends[0])
