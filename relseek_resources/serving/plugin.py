@@ -88,7 +88,9 @@ def _unsupported(vllm_config: Any) -> list[tuple[bool, str]]:
         (parallel.prefill_context_parallel_size > 1, "prefill context parallelism, which spreads a prompt's tokens over workers"),
         (vllm_config.kv_transfer_config is not None, "a KV connector, which may store blocks without the salt that sets steered ones apart"),
         (bool(cache.kv_sharing_fast_prefill), "--kv-sharing-fast-prefill, which drops tokens between blocks"),
+        (parallel.pipeline_parallel_size > 1, "pipeline parallelism, with which it has not been tried"),
         (vllm_config.speculative_config is not None, "speculative decoding, with which it has not been tried"),
+        (vllm_config.lora_config is not None, "LoRA adapters (--enable-lora), with which it has not been tried"),
     ]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -54,8 +55,11 @@ class Tables:
         self._slot_of: OrderedDict[str, int] = OrderedDict()  # by canonical text, the least recently used first
         self._free = list(range(slots - 1, 0, -1))
         self._steered: dict[int, frozenset[int]] = {0: frozenset()}  # by slot, the blocks after which it steers
+        self._texts: list[str] = []  # the batch at hand, see `prepare`
+        self._tokens = np.zeros(0, np.int32)
         self._now: frozenset[int] = frozenset()
         self._filled = 0
+        self._plans: dict[tuple[int, int], Plan] = {}  # of the batch at hand, by block and rows
 
     # --- vectors ------------------------------------------------------------------------------------------------------
 
@@ -88,10 +92,19 @@ class Tables:
         Raises:
             KeyError: a vector that is not registered here.
         """
-        wanted = dict.fromkeys(texts)
-        if not any(wanted):
-            self._clear()
+        if texts == self._texts and np.array_equal(tokens, self._tokens):  # most batches: the requests of the one before, a token each
             return
+        self._plans.clear()
+        wanted = dict.fromkeys(texts)
+        if any(wanted):
+            self._spread(wanted, texts, tokens)
+        elif self._filled:
+            self.slot_of_token[: self._filled].zero_()
+            self._filled, self._now = 0, frozenset()
+        self._texts, self._tokens = list(texts), np.array(tokens)  # a copy: the runner may go on using its own
+
+    def _spread(self, wanted: dict[str, None], texts: Sequence[str], tokens: np.ndarray) -> None:
+        """Give each configuration a slot and each token the number of its slot."""
         for text in wanted:
             if text in self._slot_of:
                 self._slot_of.move_to_end(text)
@@ -103,11 +116,6 @@ class Tables:
         self._write(self.slot_of_token, 0, torch.from_numpy(filled))
         self._filled = len(slots)
         self._now = frozenset().union(*(self._steered[slot] for slot in slot_of.values()))
-
-    def _clear(self) -> None:
-        if self._filled:
-            self.slot_of_token[: self._filled].zero_()
-            self._filled, self._now = 0, frozenset()
 
     def _slot(self, text: str) -> int:
         """The slot of a configuration: its own, a free one, or that of the configuration which no batch has used for longest."""
@@ -152,30 +160,92 @@ class Tables:
         elif layer in self._now:
             steer_plain(self, hidden, residual, layer)
 
+    def plan(self, rows: int, layer: int) -> Plan:
+        """How the batch at hand, of so many rows with what pads it, is steered after a block."""
+        found = self._plans.get((layer, rows))
+        if found is None:
+            found = self._plans[layer, rows] = planned(self, rows, layer)
+        return found
 
-def steer_plain(tables: Tables, hidden: torch.Tensor, residual: torch.Tensor, layer: int) -> None:
-    """`Tables.steer` in torch's own operations, on any device. The arithmetic is that of `models.interventions`."""
-    slots = tables.slot_of_token[: len(hidden)].long()
+
+@dataclass(frozen=True)
+class Turn:
+    """The n-th intervention of each steered token: a vector times clamp(constant + slope * projection, least, most). All (tokens, 1) but `rows`.
+
+    A token that has fewer of them is given one that changes nothing.
+    """
+
+    constant: torch.Tensor
+    slope: torch.Tensor | None  # None where all add, and no projection is needed
+    least: torch.Tensor
+    most: torch.Tensor
+    adds: torch.Tensor
+    rows: torch.Tensor  # of the bank, (tokens,)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one batch is steered after one block: its steered tokens, None where all are, and their interventions."""
+
+    tokens: torch.Tensor | None
+    turns: tuple[Turn, ...]
+
+
+def planned(tables: Tables, length: int, layer: int) -> Plan:
+    """The plan of a batch of so many rows, from the tables alone."""
+    slots = tables.slot_of_token[:length].long()
     begin, end = tables.spans[slots, layer].long(), tables.spans[slots, layer + 1].long()
     steered = (end > begin).nonzero().squeeze(-1)
     begin, number = begin[steered], (end - begin)[steered]
-    stream = hidden[steered] + residual[steered]
-    for turn in range(int(number.max()) if len(steered) else 0):
-        at = (number > turn).nonzero().squeeze(-1)
-        entry = begin[at] + turn
-        stream[at] = _changed(stream[at], tables.modes[entry, None], tables.values[entry, None], tables.bank[tables.rows[entry].long()])
-    residual[steered] = stream
-    hidden[steered] = 0
+    turns = tuple(_turn(tables, begin + turn, number > turn) for turn in range(int(number.max()) if len(steered) else 0))
+    return Plan(None if len(steered) == length else steered, turns)
 
 
-def _changed(stream: torch.Tensor, mode: torch.Tensor, value: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    """One intervention a row. stream, vector: (rows, width); mode, value: (rows, 1). A vector is at unit length wherever it is projected on."""
-    projection = (stream.float() * vector).sum(-1, keepdim=True)
-    amount = torch.where(mode == FLOOR, (value - projection).clamp(min=0), (value - projection).clamp(max=0))
-    amount = torch.where(mode == ABLATE, -value * projection, amount)
-    change = torch.where(mode == ADD, value, amount) * vector
-    change = torch.where(mode == ADD, change.to(stream.dtype).float(), change)  # λv is rounded before it is added
-    return (stream.float() + change).to(stream.dtype)
+def _turn(tables: Tables, entry: torch.Tensor, there: torch.Tensor) -> Turn:
+    entry = entry.where(there, 0)
+    mode, value, there = tables.modes[entry, None], tables.values[entry, None], there[:, None]
+    adds, ablates, bounds = mode == ADD, mode == ABLATE, (mode == FLOOR) | (mode == CEILING)
+    unbounded = torch.full_like(value, torch.inf)
+    return Turn(
+        constant=value.where((adds | bounds) & there, 0),
+        slope=None if bool((adds | ~there).all()) else torch.where(ablates, -value, -bounds.float()).where(there, 0),
+        least=torch.where(mode == FLOOR, 0, -unbounded),
+        most=torch.where(mode == CEILING, 0, unbounded),
+        adds=adds,
+        rows=tables.rows[entry.squeeze(-1)].long(),
+    )
+
+
+def steer_plain(tables: Tables, hidden: torch.Tensor, residual: torch.Tensor, layer: int) -> None:
+    """`Tables.steer` in torch's own operations, on any device. The arithmetic is that of `models.interventions`.
+
+    On a CPU each operation takes some microseconds and a small model has many blocks: what depends on the batch alone is worked out once for it.
+    """
+    plan = tables.plan(len(hidden), layer)
+    if not plan.turns:
+        return
+    tokens = plan.tokens
+    stream = hidden + residual if tokens is None else hidden.index_select(0, tokens).add_(residual.index_select(0, tokens))
+    for turn in plan.turns:
+        stream = _changed(stream, turn, tables.bank.index_select(0, turn.rows))
+    if tokens is None:
+        residual.copy_(stream)
+        hidden.zero_()
+    else:
+        residual.index_copy_(0, tokens, stream)
+        hidden.index_fill_(0, tokens, 0)
+
+
+def _changed(stream: torch.Tensor, turn: Turn, vectors: torch.Tensor) -> torch.Tensor:
+    """One intervention a row. stream, vectors: (rows, width). A vector is at unit length wherever it is projected on."""
+    if turn.slope is None:
+        return stream + (turn.constant * vectors).to(stream.dtype)  # λv is rounded before it is added
+    wide = stream.float()
+    amount = torch.addcmul(turn.constant, turn.slope, (wide * vectors).sum(-1, keepdim=True)).clamp_(turn.least, turn.most)
+    change = amount * vectors
+    if stream.dtype != torch.float32:
+        change = torch.where(turn.adds, change.to(stream.dtype).float(), change)
+    return (wide + change).to(stream.dtype)
 
 
 def _launch(tables: Tables, hidden: torch.Tensor, residual: torch.Tensor, layer: int) -> None:

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import sys
 
-from tests.performance import bipo, interventions, judging, lmm, serving, sweep, trials
+from tests.performance import bipo, interventions, judging, lmm, serving, sweep, trials, vllm_serving
 from tests.performance.comparison import machine, save
 
-AREAS = {"bipo": bipo, "sweep": sweep, "interventions": interventions, "lmm": lmm, "trials": trials, "judging": judging, "serving": serving}
+AREAS = {
+    "bipo": bipo,
+    "sweep": sweep,
+    "interventions": interventions,
+    "lmm": lmm,
+    "trials": trials,
+    "judging": judging,
+    "serving": serving,
+    "vllm": vllm_serving,
+}
 
 
 def main(wanted: list[str]) -> None:

@@ -27,16 +27,21 @@ NEEDS_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 @dataclass(frozen=True)
 class Server:
-    """A running server; `vectors` is the folder that it declares."""
+    """A running server; `vectors` is the folder that it declares, `process` leads the group of its processes."""
 
     port: int
     vectors: Path
     log: Path
+    process: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     def ask(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
         """Status and JSON (or text) of a POST of `body`, or of a GET where there is none."""
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, {"content-type": "application/json", **(headers or {})})
+        request = urllib.request.Request(self.url + path, data, {"content-type": "application/json", **(headers or {})})
         try:
             with urllib.request.urlopen(request, timeout=300) as answer:
                 status, text = answer.status, answer.read().decode()
@@ -95,7 +100,7 @@ def serving(folder: Path, vectors: Path, *options: str, configuration: dict[str,
     log = folder / "server.log"
     with log.open("w") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-    server = Server(port, vectors, log)
+    server = Server(port, vectors, log, process.pid)
     try:
         deadline = time.monotonic() + 480
         while True:

@@ -12,11 +12,16 @@ from relseek_resources.serving.requests import SteeringError
 from relseek_resources.serving.vectors import Configuration, ServingError
 
 
+def parallel(**changed: Any) -> Any:
+    return Settings(**{"use_ubatching": False, "prefill_context_parallel_size": 1, "pipeline_parallel_size": 1, **changed})
+
+
 def vllm_config(**changed: Any) -> Any:
     settings = {
         "additional_config": {"relseek": {}},
         "use_v2_model_runner": False,
-        "parallel_config": Settings(use_ubatching=False, prefill_context_parallel_size=1),
+        "parallel_config": parallel(),
+        "lora_config": None,
         "cache_config": Settings(kv_sharing_fast_prefill=False),
         "kv_transfer_config": None,
         "speculative_config": None,
@@ -28,8 +33,10 @@ def vllm_config(**changed: Any) -> Any:
     ("changed", "says"),
     [
         ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
-        ({"parallel_config": Settings(use_ubatching=True, prefill_context_parallel_size=1)}, "--enable-dbo"),
-        ({"parallel_config": Settings(use_ubatching=False, prefill_context_parallel_size=2)}, "prefill context parallelism"),
+        ({"parallel_config": parallel(use_ubatching=True)}, "--enable-dbo"),
+        ({"parallel_config": parallel(prefill_context_parallel_size=2)}, "prefill context parallelism"),
+        ({"parallel_config": parallel(pipeline_parallel_size=2)}, "pipeline parallelism"),
+        ({"lora_config": object()}, "--enable-lora"),
         ({"cache_config": Settings(kv_sharing_fast_prefill=True)}, "--kv-sharing-fast-prefill"),
         ({"kv_transfer_config": object()}, "KV connector"),
         ({"speculative_config": object()}, "speculative decoding"),
