@@ -70,7 +70,7 @@ def rows_of(study: Study, folder: Path) -> list[dict[str, Any]]:
                 "group": group.group,
                 "judge": group.judge,
                 "partition": group.partition,
-                "state": "in flight" if group.open else "to collect" if group.uncollected else "collected",
+                "state": _state(group),
                 "sent": datetime.fromtimestamp(group.since, UTC).isoformat(timespec="seconds"),
                 "seconds": round(time.time() - group.since, 1),
                 "answered": sum(batch.completed + batch.failed for batch in shown),
@@ -83,6 +83,10 @@ def rows_of(study: Study, folder: Path) -> list[dict[str, Any]]:
             }
         )
     return sorted(rows, key=lambda row: (row["state"] != "in flight", row["group"]))
+
+
+def _state(group: in_flight.Asked) -> str:
+    return "in flight" if group.awaited else "to send" if group.open else "to collect" if group.uncollected else "collected"
 
 
 def _cancel(study: Study, folder: Path, group: str, yes: bool) -> None:

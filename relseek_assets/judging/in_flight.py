@@ -6,7 +6,10 @@ Here belongs everything that assets, sensor and command line share about asking.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,11 +22,11 @@ from relseek_assets.bill import Bill
 from relseek_assets.judging.requests import Estimate, OverBudget, estimate
 from relseek_assets.study import LanguageJudge, Study
 from relseek_resources.judges.answers import Answer, Request
-from relseek_resources.judges.asking import EndpointError, client_of
+from relseek_resources.judges.asking import OPENAI, EndpointError, client_of, finished
 from relseek_resources.judges.batches import BatchError, cancel, poll
 from relseek_resources.judges.ledger import ENDED, Batch, Ledger
 from relseek_resources.judges.prices import price_of
-from relseek_resources.storage import content_version
+from relseek_resources.storage import StorageError, content_version
 
 BATCH, AT_ONCE = "openai_batch", "openai"
 LEDGER = "judge_batches"
@@ -47,9 +50,15 @@ def ledgers(study: Study, folder: Path) -> dict[Path, LanguageJudge]:
     return {path: judge for judge in judges_of(study, BATCH) if (path := ledger_path(folder, judge)).is_file()}
 
 
+def journals(folder: Path, judge: LanguageJudge) -> Path:
+    """Where the answers of a judge that is asked at once are kept: those of one endpoint, with a hash of its address unless it is OpenAI's."""
+    where = (judge.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).rstrip("/")
+    return folder / JOURNALS / (judge.name if where == OPENAI else f"{judge.name}@{content_version(where)[:8]}")
+
+
 def journal_path(folder: Path, judge: LanguageJudge, partition: str) -> Path:
     site, _, step = partition.partition("|")
-    return folder / JOURNALS / judge.name / site / f"{step}.jsonl"
+    return journals(folder, judge) / site / f"{step}.jsonl"
 
 
 def group_of(judge: LanguageJudge, partition: str) -> str:
@@ -76,6 +85,11 @@ class Asked:
     def open(self) -> tuple[Batch, ...]:
         """Batches that have not ended, those included that the provider does not have yet."""
         return tuple(batch for batch in self.batches if batch.status not in ENDED)
+
+    @property
+    def awaited(self) -> tuple[Batch, ...]:
+        """Those of which there is nothing to do but wait: the provider is at work on them, or has no room yet. The others are for us to send."""
+        return tuple(batch for batch in self.batches if batch.in_flight or batch.held)
 
     @property
     def uncollected(self) -> tuple[Batch, ...]:
@@ -131,13 +145,13 @@ def asked(study: Study, folder: Path) -> list[Asked]:
 
 
 def waiting(study: Study, folder: Path) -> dict[str | None, str]:
-    """Partition (site and epoch) -> why its answers cannot be had yet, where something is in flight."""
+    """Partition (site and epoch) -> why its answers cannot be had yet, where something is in flight. What is only to be sent is no reason to wait."""
     found: dict[str | None, str] = {}
     for group in asked(study, folder):
-        if group.open:
-            batch = group.open[0]
+        if group.awaited:
+            batch = group.awaited[0]
             name = batch.batch_id or f"{batch.number} ({batch.status})"
-            done, total = sum(batch.completed for batch in group.open), sum(batch.requests for batch in group.open)
+            done, total = sum(batch.completed for batch in group.awaited), sum(batch.requests for batch in group.awaited)
             found.setdefault(group.partition, f"waits for batch {name} of {group.judge}: {done} of {total} answered")
     return found
 
@@ -145,12 +159,13 @@ def waiting(study: Study, folder: Path) -> dict[str | None, str]:
 def look(study: Study, folder: Path) -> list[str]:
     """Ask every endpoint that has something in flight what became of it, one list call each; returns what went wrong, in words.
 
-    An endpoint that cannot be reached or a key that is not set is such a line and no error: what is in flight stays so until the next look.
+    An endpoint that cannot be reached, one that knows nothing of it, and a key that is not set are such lines and no errors: what is in flight stays
+    so until the next look.
     """
     said: list[str] = []
     for path, judge in ledgers(study, folder).items():
         with Ledger(path) as ledger:
-            if all(batch.status in ENDED for batch in ledger.batches()):
+            if all(batch.status in ENDED and (batch.collected or batch.status != "lost") for batch in ledger.batches()):
                 continue
             try:
                 said += poll(ledger, client_of(judge.base_url, judge.key_variable)).warnings
@@ -161,17 +176,13 @@ def look(study: Study, folder: Path) -> list[str]:
 
 def spent(study: Study, folder: Path) -> dict[str, float]:
     """Group -> what its collected answers cost by their tokens, in USD."""
-    prices = {judge.name: price_of(judge.model, judge.price) for judge in study.judges}
+    prices = {judge.name: batch_price(judge) for judge in judges_of(study, BATCH)}
     found: dict[str, float] = {}
     for path in ledgers(study, folder):
         with Ledger(path) as ledger:
-            for batch in ledger.batches():
-                price = prices.get(batch.group.partition("/")[0])
-                if batch.collected and price is not None:
-                    tries = ledger.attempts(ledger.custom_ids(batch.number)).values()
-                    mine = [attempt for some in tries for attempt in some if attempt.batch == batch.number]
-                    tokens = sum(attempt.prompt_tokens for attempt in mine), sum(attempt.completion_tokens for attempt in mine)
-                    found[batch.group] = found.get(batch.group, 0.0) + price.cost(*tokens, batch=True)
+            for total in ledger.totals():
+                if price := prices.get(total.group.partition("/")[0]):
+                    found[total.group] = price(total.prompt_tokens, total.completion_tokens)
     return found
 
 
@@ -197,14 +208,13 @@ def bill(study: Study, folder: Path, kind: str, requests: Iterable[pd.DataFrame]
     Refused where a judge's new requests, what it has in flight and what it was paid before are together above its budget.
     """
     judges = judges_of(study, kind)
-    journaled = {judge.name: {answer.custom_id: answer.cost_usd for answer in _journaled(folder, judge)} for judge in judges if kind == AT_ONCE}
+    journaled = {judge.name: _journaled(folder, judge) for judge in judges if kind == AT_ONCE}
     totals: dict[str, Estimate] = {}
     for frame in requests:
         for judge in judges:
             mine = frame[frame["judge"] == judge.name]
-            known = _in_ledger(folder, judge, mine) if kind == BATCH else journaled[judge.name].keys()
-            new = mine[~mine["custom_id"].isin(list(known))]
-            found = estimate(new, judge)
+            known = _in_ledger(folder, judge, mine) if kind == BATCH else journaled[judge.name].finished
+            found = estimate(mine[~mine["custom_id"].isin(list(known))], judge)
             totals[judge.name] = totals[judge.name] + found if judge.name in totals else found
     lines, refusals = [], []
     for judge in judges:
@@ -212,9 +222,9 @@ def bill(study: Study, folder: Path, kind: str, requests: Iterable[pd.DataFrame]
             continue
         found = totals[judge.name]
         lines.append(found.describe())
-        before = sum(journaled[judge.name].values()) if kind == AT_ONCE else _by_batch(study, folder, judge)
-        if found.usd + before > judge.budget_usd:
-            refusals.append(_refusal(study, judge, found, before))
+        before = journaled[judge.name].paid_usd if kind == AT_ONCE else _by_batch(folder, judge)
+        if refusal := _refusal(study.name, judge, found.usd, before):
+            refusals.append(f"{refusal}\n{found.describe()}")
     return Bill(sum(found.usd for found in totals.values()), tuple(lines), "\n".join(refusals))
 
 
@@ -228,13 +238,47 @@ def refuse(found: Bill) -> None:
         raise OverBudget(found.refusal)
 
 
-def _refusal(study: Study, judge: LanguageJudge, found: Estimate, before: float) -> str:
+def allowance(study: Study, judge: LanguageJudge, ledger: Ledger) -> Callable[[float], None]:
+    """What refuses to have a judge asked by Batch above its budget; for `submit` and `settle`, so that asking again counts too."""
+
+    def allow(usd: float) -> None:
+        if refusal := _refusal(study.name, judge, usd, committed(ledger, judge)):
+            raise OverBudget(refusal)
+
+    return allow
+
+
+def committed(ledger: Ledger, judge: LanguageJudge) -> float:
+    """What a judge was paid by Batch, and may charge for what it was asked, in USD."""
+    price = batch_price(judge)
+    mine = [total for total in ledger.totals() if total.group.partition("/")[0] == judge.name]
+    return sum(price(total.prompt_tokens, total.completion_tokens) + total.to_come_usd for total in mine)
+
+
+def _refusal(study: str, judge: LanguageJudge, usd: float, before: float) -> str:
+    """Why so much more may not be spent on a judge; nothing where it may."""
+    if usd + before <= judge.budget_usd:
+        return ""
     paid = f", after {dollars(before)} that it was paid or may still charge for what is in flight" if before else ""
     return (
-        f"judge {judge.name!r} of study {study.name} would cost {dollars(found.usd)}{paid}, which is above its budget_usd of "
-        f"{dollars(judge.budget_usd)}; nothing was sent. Raise budget_usd in [[judges]], or ask less: fewer doses, rubrics or examples, "
-        f'pairwise = false, a cheaper model, or kind = "openai_batch".\n{found.describe()}'
+        f"judge {judge.name!r} of study {study} would cost {dollars(usd)}{paid}, which is above its budget_usd of {dollars(judge.budget_usd)}; "
+        "nothing was sent. Raise budget_usd in [[judges]], or ask less: fewer doses, rubrics, examples or attempts, pairwise = false, a cheaper "
+        'model, or kind = "openai_batch".'
     )
+
+
+@contextlib.contextmanager
+def alone(folder: Path, judge: LanguageJudge) -> Iterator[None]:
+    """Hold a lock on asking a judge at once, which dies with the process: from the reading of a bill until what it allows is paid."""
+    path = journals(folder, judge) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("w")
+    except OSError as error:
+        raise StorageError(f"{path}: cannot write here ({error.strerror}); set RELSEEK_STORE to a writable folder") from error
+    with stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def _in_ledger(folder: Path, judge: LanguageJudge, requests: pd.DataFrame) -> set[str]:
@@ -246,17 +290,31 @@ def _in_ledger(folder: Path, judge: LanguageJudge, requests: pd.DataFrame) -> se
         return set(ledger.attempts(list(requests["custom_id"])))
 
 
-def _by_batch(study: Study, folder: Path, judge: LanguageJudge) -> float:
-    """What a judge was paid by Batch, and may charge for what is in flight."""
-    paid = spent(study, folder)
-    return sum(group.to_come_usd + paid.get(group.group, 0.0) for group in asked(study, folder) if group.judge == judge.name)
+def _by_batch(folder: Path, judge: LanguageJudge) -> float:
+    path = ledger_path(folder, judge)
+    if not path.is_file():
+        return 0.0
+    with Ledger(path) as ledger:
+        return committed(ledger, judge)
 
 
-def _journaled(folder: Path, judge: LanguageJudge) -> Iterator[Answer]:
-    """Every answer in a judge's journals, the last of each request last; a run that writes one is not disturbed, its torn last line left out."""
-    for path in sorted((folder / JOURNALS / judge.name).rglob("*.jsonl")):
+@dataclass(frozen=True)
+class Journaled:
+    """What a judge's journals hold: the custom_ids that will not be asked again, and what was paid for all."""
+
+    finished: frozenset[str]
+    paid_usd: float
+
+
+def _journaled(folder: Path, judge: LanguageJudge) -> Journaled:
+    """Read a judge's journals; a run that writes one is not disturbed, its torn last line left out."""
+    last: dict[str, Answer] = {}
+    for path in sorted(journals(folder, judge).rglob("*.jsonl")):
         with path.open("rb") as lines:
-            yield from (Answer(**json.loads(line)) for line in lines if line.endswith(b"\n"))
+            found = (Answer(**json.loads(line)) for line in lines if line.endswith(b"\n"))
+            last.update((answer.custom_id, answer) for answer in found)
+    done = frozenset(name for name, answer in last.items() if finished(answer, judge.attempts))
+    return Journaled(done, sum(answer.cost_usd for answer in last.values()))
 
 
 def batch_price(judge: LanguageJudge) -> Callable[[int, int], float]:
@@ -266,9 +324,10 @@ def batch_price(judge: LanguageJudge) -> Callable[[int, int], float]:
 
 
 def requests_to(frame: pd.DataFrame, judge: LanguageJudge) -> Iterator[Request]:
-    """A judge's requests among those of a partition."""
-    mine = frame[frame["judge"] == judge.name]
-    return (Request(custom_id, body) for custom_id, body in zip(mine["custom_id"], mine["body"], strict=True))
+    """A judge's requests among those of a partition, each with what asking it by Batch costs at most."""
+    mine, price = frame[frame["judge"] == judge.name], batch_price(judge)
+    columns = (mine[name] for name in ("custom_id", "body", "prompt_tokens"))
+    return (Request(custom_id, body, price(int(tokens), judge.max_tokens)) for custom_id, body, tokens in zip(*columns, strict=True))
 
 
 def statuses(frame: pd.DataFrame) -> dict[str, int]:

@@ -28,6 +28,7 @@ from relseek_resources.judges.answers import Answer, Reading
 from relseek_resources.judges.batches import settle, submit
 from relseek_resources.judges.ledger import Ledger
 from relseek_resources.judges.prices import price_of
+from relseek_resources.storage import StorageError
 
 GROUP = "judging"
 BILLED = ("custom_id", "judge", "prompt_tokens", "counted")  # what a bill is made from
@@ -167,7 +168,7 @@ def _submissions(stage: Stage) -> None:
         "The sensor `judge_batches` says what is in flight, and `relseek batches` too.",
         partitions=stage.partitions.site_by_evaluated_epoch,
         deps=_upstream(stage),
-        settings=[judge.name for judge in judges],
+        settings=[judge.model_dump(include={"name", "base_url"}) for judge in judges],
         schema=tables.JUDGE_SUBMISSIONS,
         seconds=2.0,
         bill=bills,
@@ -197,17 +198,16 @@ def _submissions(stage: Stage) -> None:
 def _submit(work: Work, judge: LanguageJudge, partition: str | None, requests: pd.DataFrame) -> tuple[tuple[int, int], list[dict[str, Any]]]:
     """Send one group; (sent, known) requests and the rows of its first batches."""
     group, cell = in_flight.group_of(judge, str(partition)), cell_of(partition)
-    mine = requests[requests["judge"] == judge.name]
     client = asking.client_of(judge.base_url, judge.key_variable)
     with Ledger(in_flight.ledger_path(work.store.folder(work.study.name), judge)) as ledger:
         done = submit(
             ledger,
             client,
             group,
-            in_flight.requests_to(mine, judge),
+            in_flight.requests_to(requests, judge),
             window=judge.window,
             description={"study": work.study.name, "judge": judge.name, "site": str(cell.site), "epoch": str(cell.epoch)},
-            usd_per_request=estimate(mine, judge).usd / max(1, len(mine)),
+            allow=in_flight.allowance(work.study, judge, ledger),
         )
         # attempts after the first are made while answers are collected, and would make what was sent look different
         first = [batch for batch in ledger.batches(group) if batch.attempt == 1]
@@ -231,7 +231,7 @@ def _answers(stage: Stage) -> None:
         "are asked here; of those that are asked by Batch, answers are collected as soon as nothing of the site and epoch is in flight.",
         partitions=stage.partitions.site_by_evaluated_epoch,
         deps={**_upstream(stage), **({"judge_submissions": dg.IdentityPartitionMapping()} if batch else {})},
-        settings=[judge.model_dump(include={"name", "attempts"}) for judge in study.judges],
+        settings=[judge.model_dump(include={"name", "base_url", "attempts"}) for judge in study.judges],
         schema=tables.JUDGE_ANSWERS,
         seconds=5.0,
         waits=(lambda folder: in_flight.waiting(study, folder)) if batch else None,
@@ -274,12 +274,22 @@ def _collect(
     accept: Callable[[str, str], Reading],
     notes: dict[str, int],
 ) -> list[Answer] | None:
-    """The answers to one group, None while any of it is in flight."""
-    group = in_flight.group_of(judge, str(partition))
+    """The answers to one group, None while any of it is in flight.
+
+    Raises:
+        OverBudget: asking again what has no score would exceed the judge's budget; what came back is kept.
+    """
+    group, path = in_flight.group_of(judge, str(partition)), in_flight.ledger_path(work.store.folder(work.study.name), judge)
     client = asking.client_of(judge.base_url, judge.key_variable)
-    with Ledger(in_flight.ledger_path(work.store.folder(work.study.name), judge)) as ledger:
-        wanted = in_flight.requests_to(requests, judge)
-        settled = settle(ledger, client, group, wanted, accept, judge.attempts, price=in_flight.batch_price(judge))
+    if not path.is_file():
+        raise StorageError(
+            f"{path} is gone, which says what was sent and paid for; restore it from a backup. To ask and pay again, materialise judge_submissions "
+            f"of {partition} in the UI"
+        )
+    with Ledger(path) as ledger:
+        wanted, price = in_flight.requests_to(requests, judge), in_flight.batch_price(judge)
+        allow = in_flight.allowance(work.study, judge, ledger)
+        settled = settle(ledger, client, group, wanted, accept, judge.attempts, price=price, allow=allow)
         for warning in settled.warnings:
             work.log.warning(warning)
         if not settled.complete:
@@ -293,12 +303,14 @@ def _collect(
 
 
 def _ask(work: Work, judge: LanguageJudge, partition: str | None, requests: pd.DataFrame, accept: Callable[[str, str], Reading]) -> list[Answer]:
-    """Ask a judge at once; what its journal holds is not asked again."""
-    path = in_flight.journal_path(work.store.folder(work.study.name), judge, str(partition))
+    """Ask a judge at once, if its budget still allows; what its journal holds is not asked again."""
+    folder = work.store.folder(work.study.name)
     with (
-        asking.AnswerJournal(path) as journal,
+        in_flight.alone(folder, judge),
+        asking.AnswerJournal(in_flight.journal_path(folder, judge, str(partition))) as journal,
         work.progress(int((requests["judge"] == judge.name).sum()), "question", f"{judge.name} {partition}") as report,
     ):
+        in_flight.refuse(in_flight.bill(work.study, folder, in_flight.AT_ONCE, [requests[requests["judge"] == judge.name]]))
         return asking.run(
             in_flight.requests_to(requests, judge),
             accept,

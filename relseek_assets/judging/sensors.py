@@ -39,8 +39,8 @@ class Seen:
 def looked(study: Study, folder: Path, instance: dg.DagsterInstance, stage: Stage) -> Seen:
     """Ask the endpoints what became of the study's batches, one list call each, and say so in words.
 
-    A partition is ready when nothing of it is in flight and something was not collected, or was and never became an asset (a run that died). An
-    endpoint that is dead and a key that is not set are lines: the next look tries again.
+    A partition is ready when what it asks was sent, nothing of it is in flight, and its answers are not fresh: they were never collected, or a run
+    died over it, or was about to ask again. An endpoint that is dead and a key that is not set are lines: the next look tries again.
     """
     try:
         faults = in_flight.look(study, folder)
@@ -51,19 +51,19 @@ def looked(study: Study, folder: Path, instance: dg.DagsterInstance, stage: Stag
     ready = {}
     for partition in dict.fromkeys(group.partition for group in groups):
         mine = [group for group in groups if group.partition == partition]
-        if not any(group.open for group in mine) and (any(group.uncollected for group in mine) or _lost(lineage, stage, partition)):
-            ready[partition] = content_version([partition, *(batch.batch_id or batch.number for group in mine for batch in group.batches)])
+        if not any(group.awaited for group in mine) and _unanswered(lineage, stage, partition):
+            known = lineage.version(stage.key("judge_answers"), _multi(partition))
+            ready[partition] = content_version([partition, known, *(batch.batch_id or batch.number for group in mine for batch in group.batches)])
     shown = [group.text() for group in groups if group.open or group.uncollected]
     if len(open_ := [group for group in groups if group.open]) > 1:
         shown.insert(0, f"{len(open_)} groups in flight, at most {in_flight.dollars(sum(group.to_come_usd for group in open_))} to come")
     return Seen(ready, (*faults, *shown))
 
 
-def _lost(lineage: Lineage, stage: Stage, partition: str) -> bool:
-    """Whether everything was collected and the run that did so died before it recorded the answers."""
-    key = _multi(partition)
-    sent, answered = (lineage.version(stage.key(name), key) for name in ("judge_submissions", "judge_answers"))
-    return sent is not None and answered is None
+def _unanswered(lineage: Lineage, stage: Stage, partition: str) -> bool:
+    """Whether what is asked now was sent, and its answers are no asset yet."""
+    sent, answered = (lineage.state(stage.key(name), _multi(partition)).status for name in ("judge_submissions", "judge_answers"))
+    return sent == "fresh" and answered in ("missing", "stale")
 
 
 def _multi(partition: str) -> dg.MultiPartitionKey:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,10 +42,14 @@ NUMBER = re.compile(r"[+-]?\d{1,300}(\.\d*)?", re.ASCII)
 
 @dataclass(frozen=True)
 class Request:
-    """One question: `body` is the chat completion's, as JSON text; `custom_id` names it for good, because it is made from its content."""
+    """One question: `body` is the chat completion's, as JSON text; `custom_id` names it for good, because it is made from its content.
+
+    `usd` is what asking it once costs at most, for whoever keeps to a budget.
+    """
 
     custom_id: str
     body: str
+    usd: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,18 @@ def read_choice(raw: str | None) -> Reading:
     if isinstance(value, str) and value.strip() in ("A", "B"):
         return Reading("scored", choice=value.strip())
     return Reading("unreadable")
+
+
+def status_of(custom_id: str, raw: str, accept: Callable[[str, str], Reading], *, cut_off: bool) -> str:
+    """The status of an answer's text. One that ran into the token limit counts only as a whole JSON object: a bare `1` may be the half of a `10`."""
+    return "cut_off" if cut_off and not _whole(raw) else accept(custom_id, raw).status
+
+
+def _whole(raw: str) -> bool:
+    try:
+        return isinstance(json.loads(raw), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _field(raw: str | None, name: str) -> Any:

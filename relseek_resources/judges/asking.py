@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import errno
 import fcntl
 import json
 import math
@@ -22,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from relseek_resources.judges.answers import Answer, Reading, Request
+from relseek_resources.judges.answers import Answer, Reading, Request, status_of
 from relseek_resources.judges.prices import Price
 from relseek_resources.storage import StorageError
 
@@ -81,7 +82,7 @@ def _key(variable: str) -> str:
 def answer_of(custom_id: str, completion: Mapping[str, Any], accept: Accept, price: Price, *, batch: bool = False, attempt: int = 1) -> Answer:
     """The row of one attempt from a chat completion as decoded JSON.
 
-    A refusal and a content filter come before what the text may say; `cut_off` is a text that ran into max_tokens and cannot be read.
+    A refusal and a content filter come before what the text may say; `cut_off` is a text that ran into max_tokens before it was a whole JSON object.
     """
     choice = (completion.get("choices") or [{}])[0]
     message, finish = choice.get("message") or {}, choice.get("finish_reason")
@@ -91,9 +92,8 @@ def answer_of(custom_id: str, completion: Mapping[str, Any], accept: Accept, pri
         status, raw = "refused", raw or refusal
     else:
         raw = raw if raw is None or isinstance(raw, str) else json.dumps(raw)
-        status = "unreadable" if raw is None else accept(custom_id, raw).status
-        if finish == "length" and status == "unreadable":
-            status = "cut_off"
+        cut_off = finish == "length"
+        status = ("cut_off" if cut_off else "unreadable") if raw is None else status_of(custom_id, raw, accept, cut_off=cut_off)
     usage = completion.get("usage")
     prompt, written = (int((usage or {}).get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
     cached = int(((usage or {}).get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
@@ -110,13 +110,23 @@ def answer_of(custom_id: str, completion: Mapping[str, Any], accept: Accept, pri
     )
 
 
+def finished(answer: Answer, attempts: int) -> bool:
+    """Whether a row is its request's last."""
+    return answer.status == "scored" or _answered(answer) >= attempts
+
+
+def _answered(answer: Answer) -> int:
+    """How often a request was answered: an attempt that came to nothing is made anew."""
+    return answer.attempt if answer.status in KEPT else answer.attempt - 1
+
+
 def after(earlier: Answer | None, answer: Answer) -> Answer:
     """`answer` as the last attempt of its request, with the tokens and the cost of the attempts before it added."""
     if earlier is None:
         return answer
     return replace(
         answer,
-        attempt=earlier.attempt + 1,
+        attempt=_answered(earlier) + 1,
         prompt_tokens=earlier.prompt_tokens + answer.prompt_tokens,
         completion_tokens=earlier.completion_tokens + answer.completion_tokens,
         cost_usd=earlier.cost_usd + answer.cost_usd,
@@ -253,9 +263,7 @@ class _Questions:
 
     async def _until_scored(self, request: Request) -> None:
         row = self.earlier.get(request.custom_id)
-        if row is not None and row.status not in KEPT:
-            row = replace(row, attempt=row.attempt - 1)  # that attempt came to nothing; what the ones before it cost stays in the row
-        while row is None or (row.status != "scored" and row.attempt < self.attempts):
+        while row is None or not finished(row, self.attempts):
             try:
                 answer = await self._one_attempt(request)
             except _NoAnswer as failure:
@@ -423,10 +431,11 @@ class AnswerJournal:
 
     def append(self, answer: Answer) -> None:
         line = json.dumps(asdict(answer)).encode() + b"\n"
+        whole = os.fstat(self._file.fileno()).st_size
         try:
-            written = self._file.write(line)
-            if written != len(line):
-                raise OSError(28, "no space left")
+            if self._file.write(line) != len(line):
+                self._file.truncate(whole)  # else the next answer would go on in the middle of this one
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._unsynced += 1
             if self._unsynced >= self.GROUP:
                 self._sync()

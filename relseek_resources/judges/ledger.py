@@ -1,7 +1,7 @@
 """The ledger of batches: what has been sent to a provider, written down before each call and after it.
 
 Here belong the tables, the questions put to them, and the locks that keep two processes from sending for the same group. Calling the provider
-belongs to `provider.py`, deciding what to send to `batches.py`.
+belongs to `provider.py`, deciding what to send to `batch_plan.py`, sending it to `batch_sending.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from operator import itemgetter
 from pathlib import Path
@@ -22,15 +22,16 @@ from typing import Any, NamedTuple, Self
 
 from relseek_resources.storage import StorageError
 
+PLANNED = ("writing", "written")  # nothing of it has left this machine
 UNSENT = ("writing", "written", "uploading", "uploaded", "creating", "held")  # in this order; the provider knows no batch yet, or may not
 ENDED = ("completed", "expired", "cancelled", "failed", "lost")
-FORMAT = 1
+FORMAT = 2
 AT_ONCE = 1000  # custom_ids in one question
 
 TABLES = """
 CREATE TABLE about (ledger TEXT NOT NULL);
 CREATE TABLE groups (
-    name TEXT PRIMARY KEY, endpoint TEXT NOT NULL, "window" TEXT NOT NULL, description TEXT NOT NULL, usd_per_request REAL NOT NULL,
+    name TEXT PRIMARY KEY, endpoint TEXT NOT NULL, "window" TEXT NOT NULL, description TEXT NOT NULL,
     stopped INTEGER NOT NULL DEFAULT 0
 ) WITHOUT ROWID;
 CREATE TABLE batches (
@@ -38,9 +39,10 @@ CREATE TABLE batches (
     requests INTEGER NOT NULL DEFAULT 0, bytes INTEGER NOT NULL DEFAULT 0, estimated_usd REAL NOT NULL DEFAULT 0, fingerprint TEXT,
     endpoint TEXT NOT NULL, "window" TEXT NOT NULL, description TEXT NOT NULL, batch_id TEXT, input_file_id TEXT, output_file_id TEXT,
     error_file_id TEXT, completed INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0, written REAL NOT NULL, intended REAL, created REAL,
-    ended REAL, held_until REAL, collected INTEGER NOT NULL DEFAULT 0, former TEXT NOT NULL DEFAULT '[]', errors TEXT NOT NULL DEFAULT '[]',
-    strangers INTEGER NOT NULL DEFAULT 0, duplicates INTEGER NOT NULL DEFAULT 0, unreadable_lines INTEGER NOT NULL DEFAULT 0,
-    warnings TEXT NOT NULL DEFAULT '[]'
+    ended REAL, held_until REAL, base_url TEXT, account TEXT, missed INTEGER NOT NULL DEFAULT 0, missed_at REAL,
+    prompt_tokens INTEGER NOT NULL DEFAULT 0, completion_tokens INTEGER NOT NULL DEFAULT 0, collected INTEGER NOT NULL DEFAULT 0,
+    former TEXT NOT NULL DEFAULT '[]', errors TEXT NOT NULL DEFAULT '[]', strangers INTEGER NOT NULL DEFAULT 0,
+    duplicates INTEGER NOT NULL DEFAULT 0, unreadable_lines INTEGER NOT NULL DEFAULT 0, warnings TEXT NOT NULL DEFAULT '[]'
 );
 CREATE INDEX batches_of_group ON batches ("group");
 CREATE TABLE requests (
@@ -56,8 +58,9 @@ class Batch:
     """One batch. `status` is the provider's, or one of UNSENT before the provider knows it, or `lost` when it no longer does.
 
     Times are Unix seconds: `intended` when its creation was first tried, `created` by the provider's clock. `completed` and `failed` are the
-    provider's counts of requests, `estimated_usd` is ours. A batch that the provider had no room for is `held` until `held_until` and created
-    again; `former` are the ids of its earlier creations.
+    provider's counts of requests, `estimated_usd` is ours, tokens are those of its answers once it is collected. `base_url` and `account` (a hash
+    of the key) say where its creation was tried, `missed` how many looks did not find it, the last of them at `missed_at`. A batch that the provider
+    had no room for is `held` until `held_until` and created again; `former` are the ids of its earlier creations.
     """
 
     number: int
@@ -82,6 +85,12 @@ class Batch:
     created: float | None
     ended: float | None
     held_until: float | None
+    base_url: str | None
+    account: str | None
+    missed: int
+    missed_at: float | None
+    prompt_tokens: int
+    completion_tokens: int
     collected: bool
     former: list[str]
     errors: list[dict[str, Any]]
@@ -94,6 +103,11 @@ class Batch:
     def in_flight(self) -> bool:
         """Whether the provider has it and has not ended it; a status that we do not know is in flight."""
         return self.status not in ENDED and self.status not in UNSENT
+
+    @property
+    def held(self) -> bool:
+        """Whether it is to be created again, and not yet."""
+        return self.status == "held" and (self.held_until or 0.0) > time.time()
 
     @property
     def errors_text(self) -> str:
@@ -139,8 +153,16 @@ class Group:
     endpoint: str
     window: str
     description: dict[str, str]
-    usd_per_request: float
     stopped: bool = False
+
+
+class Total(NamedTuple):
+    """What a group has cost, in tokens of collected answers, and may still cost: the estimates of its batches that are not collected, in USD."""
+
+    group: str
+    prompt_tokens: int
+    completion_tokens: int
+    to_come_usd: float
 
 
 JSON_FIELDS = ("description", "former", "errors", "warnings")
@@ -165,6 +187,8 @@ class Ledger:
             raise StorageError(f"{self.path}: cannot be opened ({error}); set RELSEEK_STORE to a writable folder") from error
         try:
             self._open()
+        except sqlite3.OperationalError as error:
+            raise StorageError(f"{self.path}: cannot be used ({error}); its folder has to be writable and to have space") from error
         except sqlite3.DatabaseError as error:
             raise StorageError(f"{self.path}: no ledger of batches ({error}); it says what was paid for, so restore it from a backup") from error
 
@@ -224,15 +248,13 @@ class Ledger:
     def put_group(self, group: Group) -> None:
         with self.transaction():
             self._connection.execute(
-                "INSERT OR REPLACE INTO groups VALUES (?, ?, ?, ?, ?, ?)",
-                (group.name, group.endpoint, group.window, json.dumps(group.description), group.usd_per_request, group.stopped),
+                "INSERT OR REPLACE INTO groups VALUES (?, ?, ?, ?, ?)",
+                (group.name, group.endpoint, group.window, json.dumps(group.description), group.stopped),
             )
 
     def group(self, name: str) -> Group | None:
-        row = self._connection.execute(
-            'SELECT name, endpoint, "window", description, usd_per_request, stopped FROM groups WHERE name = ?', (name,)
-        ).fetchone()
-        return Group(row[0], row[1], row[2], json.loads(row[3]), row[4], bool(row[5])) if row else None
+        row = self._connection.execute('SELECT name, endpoint, "window", description, stopped FROM groups WHERE name = ?', (name,)).fetchone()
+        return Group(row[0], row[1], row[2], json.loads(row[3]), bool(row[4])) if row else None
 
     def stop_group(self, name: str) -> None:
         with self.transaction():
@@ -258,20 +280,52 @@ class Ledger:
         assert number is not None
         return self.batch(number)
 
-    def update_batch(self, number: int, **values: Any) -> Batch:
-        """Write down a fact or an intent. An ended batch never becomes unended: a late look at the list cannot revive it."""
-        values = {name: json.dumps(value) if name in JSON_FIELDS else value for name, value in values.items()}
-        keep = "" if values.get("status", "lost") in ENDED or values["status"] in UNSENT else f" AND status NOT IN {ENDED}"
-        assignments = ", ".join(f"{name} = ?" for name in values)
+    def start(self, estimates: Mapping[int, float], allow: Callable[[float], None]) -> None:
+        """Turn written files (number -> estimated USD) into batches that will be sent, unless `allow` raises at their sum.
+
+        One transaction, in which `allow` may read the ledger: of two processes the second reads what the first has added.
+        """
         with self.transaction():
-            self._connection.execute(f"UPDATE batches SET {assignments} WHERE number = ?{keep}", (*values.values(), number))
+            allow(sum(estimates.values()))
+            self._connection.executemany(
+                "UPDATE batches SET status = 'written', estimated_usd = ? WHERE number = ?", [(usd, number) for number, usd in estimates.items()]
+            )
+
+    def update_batch(self, number: int, **values: Any) -> Batch:
+        """Write down a fact or an intent of ours; the group's lock is held."""
+        with self.transaction():
+            self._connection.execute(f"UPDATE batches SET {_assignments(values)} WHERE number = ?", (*_stored(values), number))
         return self.batch(number)
+
+    def record_look(self, batch: Batch, **values: Any) -> Batch:
+        """Write down what a look at a batch found, unless that is no news of it any more; returns the batch as it is.
+
+        It is none where the batch has another id meanwhile (it was held and created again), where it is not being created any more, was collected, or
+        has ended: a late look revives nothing, but a batch that was lost may turn up.
+        """
+        with self.transaction():
+            self._connection.execute(
+                f"UPDATE batches SET {_assignments(values)} WHERE number = ? AND batch_id IS ? AND NOT collected"
+                f" AND (batch_id IS NOT NULL OR status = 'creating') AND (status NOT IN {ENDED} OR status IN ('lost', ?))",
+                (*_stored(values), batch.number, batch.batch_id, values.get("status", batch.status)),
+            )
+        return self.batch(batch.number)
 
     def discard_batch(self, number: int) -> None:
         """Forget a batch whose file was never finished, with its claims: nothing of it has left this machine."""
         with self.transaction():
             self._connection.execute("DELETE FROM requests WHERE batch = ?", (number,))
             self._connection.execute("DELETE FROM batches WHERE number = ?", (number,))
+
+    def addresses(self) -> list[str]:
+        """Every endpoint at which a batch was created, or may have been."""
+        return [row[0] for row in self._connection.execute("SELECT DISTINCT base_url FROM batches WHERE base_url IS NOT NULL ORDER BY base_url")]
+
+    def totals(self) -> list[Total]:
+        """What every group has cost and may still cost."""
+        query = '''SELECT "group", sum(prompt_tokens), sum(completion_tokens), total(CASE WHEN collected THEN 0.0 ELSE estimated_usd END)
+            FROM batches GROUP BY "group" ORDER BY "group"'''
+        return [Total._make(row) for row in self._connection.execute(query)]
 
     def request_file(self, number: int) -> Path:
         return self.folder / "requests" / f"{number:06d}.jsonl"
@@ -326,10 +380,9 @@ class Ledger:
 
     def mark_collected(self, number: int, **values: Any) -> None:
         """Close a batch; inside the transaction that wrote its outcomes."""
-        values = {name: json.dumps(value) if name in JSON_FIELDS else value for name, value in values.items()}
-        self._connection.execute(
-            f"UPDATE batches SET collected = 1{''.join(f', {name} = ?' for name in values)} WHERE number = ?", (*values.values(), number)
-        )
+        tokens = "(SELECT coalesce(sum({0}), 0) FROM requests WHERE batch = batches.number)"
+        sums = ", ".join(f"{name} = {tokens.format(name)}" for name in ("prompt_tokens", "completion_tokens"))
+        self._connection.execute(f"UPDATE batches SET collected = 1, {sums}, {_assignments(values)} WHERE number = ?", (*_stored(values), number))
 
     # --- what is wanted -------------------------------------------------------------------------------------------------
 
@@ -386,3 +439,11 @@ def _batch(row: Sequence[Any]) -> Batch:
     values = dict(zip((field.name for field in fields(Batch)), row, strict=True))
     values.update({name: json.loads(values[name]) for name in JSON_FIELDS}, collected=bool(values["collected"]))
     return Batch(**values)
+
+
+def _assignments(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} = ?" for name in values)
+
+
+def _stored(values: Mapping[str, Any]) -> list[Any]:
+    return [json.dumps(value) if name in JSON_FIELDS else value for name, value in values.items()]

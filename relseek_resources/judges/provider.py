@@ -1,12 +1,13 @@
 """Calls to an OpenAI-compatible Files and Batches interface: what is retried, what is looked up before it is repeated, what is refused.
 
 Here belong single conversations with the provider through the official `openai` client. Which of them to hold, and what to remember of them,
-belongs to `batches.py` and `ledger.py`.
+belongs to `batches.py`, `batch_sending.py` and `ledger.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -41,7 +42,21 @@ class BatchError(ValueError):
 
 
 class Refused(BatchError):
-    """The provider has understood and will not: repeating the same call is pointless, and it had no effect."""
+    """The provider has understood and will not: repeating the same call is pointless, and it had no effect. `param` is what it objects to."""
+
+    def __init__(self, message: str, *, code: int | None = None, param: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.param = param
+
+
+def address(client: Any) -> str:
+    """The endpoint that a client speaks to."""
+    return str(client.base_url).rstrip("/")
+
+
+def account(client: Any) -> str:
+    """What tells one key from another, without saying it."""
+    return hashlib.sha256(str(client.api_key).encode()).hexdigest()[:12]
 
 
 def patient(client: Any) -> Any:
@@ -119,7 +134,7 @@ def find_or_make(client: Any, what: str, find: Callable[[], Made | None], make: 
                 return made
         except openai.APIStatusError as error:
             if error.status_code < 500 and error.status_code not in TRANSIENT:
-                raise Refused(f"{what}: refused ({error.status_code}): {said(error)}", code=error.status_code) from error
+                raise Refused(f"{what}: refused ({error.status_code}): {said(error)}", code=error.status_code, param=error.param) from error
             failure, unsure = error, error.status_code != 429
         except _broken() as error:
             failure = error

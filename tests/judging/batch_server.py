@@ -61,6 +61,7 @@ FATES = (
 CHARGED = ("good", "prose", "refusal", "length", "torn", "nameless", "twice")
 DELIVERED = ("good", "prose", "refusal", "length", "twice")
 # What becomes of a call: before its effect, or after it with the answer lost.
+FORGOTTEN = "file_forgotten"  # a fault of creating a batch that no chaos draws: the input file is gone
 FAULTS = ("429", "500", "503", "cut_before", "500_after", "cut_after", "cut_upload", "cut_download", "short_download", "slow", "html")
 
 
@@ -195,6 +196,8 @@ class BatchServer:
             self.created: list[tuple[str, str]] = []
             self.strangers: list[str] = []  # custom_ids of lines to add to the next output file
             self.dialect: set[str] = set()  # no_metadata, no_counts, window, no_file_list
+            self.forgotten: dict[str, Running] = {}  # batches that look unknown for now
+            self.keys: dict[str, str] = {}  # file or batch -> the key of the account that it belongs to, in which alone it is known
             self._numbers = iter(range(1, 10**9))
 
     def __enter__(self) -> BatchServer:
@@ -267,11 +270,20 @@ class BatchServer:
             shown["completion_window"] = "1d"
         return dict(shown)
 
+    def forget(self, batch_id: str) -> None:
+        """Know nothing of a batch until it is remembered."""
+        with self._lock:
+            self.forgotten[batch_id] = self.batches.pop(batch_id)
+
+    def remember(self, batch_id: str) -> None:
+        with self._lock:
+            self.batches[batch_id] = self.forgotten.pop(batch_id)
+
     def look(self, batch_id: str) -> None:
         """One look at a batch: every `looks` of them, it goes one status further."""
         batch = self.batches[batch_id]
         batch.step += 1
-        place = min(batch.step // self.looks, len(batch.path) - 1)
+        place = min(batch.step // self.looks, len(batch.path) - 1, batch.path.index(batch.shown["status"]) + 1)
         status = batch.path[place]
         if status == batch.shown["status"]:
             return
@@ -482,6 +494,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(200, b"<html>busy</html>", "text/html")
         if fault == "slow":
             time.sleep(0.3)
+        if fault == FORGOTTEN:
+            self.books.files.clear()
         with self.books._lock:
             code, answer = self._route(method, address.path.removeprefix("/v1").strip("/").split("/"), query, content)
         if fault == "500_after":
@@ -494,14 +508,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self, method: str, parts: list[str], query: dict[str, str], content: bytes) -> tuple[int, Any]:
         match (method, parts):
+            case (_, [_, name, *_]) if self.books.keys.get(name, self._key) != self._key:
+                return 404, _error(f"No such object: {name}", "invalid_request_error", "not_found")
             case ("POST", ["files"]):
                 fields = _multipart(self.headers.get("Content-Type", ""), content)
-                return 200, self.books.store(fields["file"][1], fields["file"][0] or "", fields["purpose"][1].decode())
+                return 200, self._mine(self.books.store(fields["file"][1], fields["file"][0] or "", fields["purpose"][1].decode()))
             case ("GET", ["files"]):
                 if "no_file_list" in self.books.dialect:
                     return 404, _error("no such route", "invalid_request_error")
                 wanted = [file for file in reversed(self.books.files.values()) if query.get("purpose") in (None, file.purpose)]
-                return 200, _page([file.shown() for file in wanted], query, 10_000)
+                return 200, _page([file.shown() for file in wanted if self.books.keys.get(file.id, self._key) == self._key], query, 10_000)
             case ("GET", ["files", name]) if name in self.books.files:
                 return 200, self.books.files[name].shown()
             case ("GET", ["files", name, "content"]) if name in self.books.files:
@@ -510,9 +526,14 @@ class _Handler(BaseHTTPRequestHandler):
                 del self.books.files[name]
                 return 200, {"id": name, "object": "file", "deleted": True}
             case ("POST", ["batches"]):
-                return self.books.create(json.loads(content))
+                asked = json.loads(content)
+                if self.books.keys.get(str(asked.get("input_file_id")), self._key) != self._key:
+                    return 404, _error(f"No such File object: {asked['input_file_id']}", "invalid_request_error", "not_found")
+                code, shown = self.books.create(asked)
+                return code, self._mine(shown) if code == 200 else shown
             case ("GET", ["batches"]):
-                shown = _page([self.books.show(batch) for batch in reversed(self.books.batches.values())], query, 20)
+                mine = [batch for name, batch in reversed(self.books.batches.items()) if self.books.keys.get(name, self._key) == self._key]
+                shown = _page([self.books.show(batch) for batch in mine], query, 20)
                 for batch in shown["data"]:
                     self.books.look(batch["id"])
                 shown["data"] = [self.books.show(self.books.batches[batch["id"]]) for batch in shown["data"] if batch["id"] in self.books.batches]
@@ -524,6 +545,14 @@ class _Handler(BaseHTTPRequestHandler):
             case ("POST", ["batches", name, "cancel"]) if name in self.books.batches:
                 return self.books.cancel(name)
         return 404, _error(f"No such object: {'/'.join(parts)}", "invalid_request_error", "not_found")
+
+    @property
+    def _key(self) -> str:
+        return str(self.headers.get("Authorization"))
+
+    def _mine(self, shown: dict[str, Any]) -> dict[str, Any]:
+        self.books.keys[shown["id"]] = self._key
+        return shown
 
     def _content(self, path: Path, fault: str | None) -> None:
         content = path.read_bytes()

@@ -19,7 +19,7 @@ import pytest
 from chat_server import COMPLETION_TOKENS, PROMPT_TOKENS, ChatServer, Says, serving
 
 from relseek_resources.judges.answers import Answer, Request, read_score
-from relseek_resources.judges.asking import AnswerJournal, EndpointError, ask, async_client_of, client_of, retry_after, run
+from relseek_resources.judges.asking import AnswerJournal, EndpointError, answer_of, ask, async_client_of, client_of, retry_after, run
 from relseek_resources.judges.prices import Price
 from relseek_resources.storage import StorageError
 
@@ -310,6 +310,44 @@ def test_a_torn_last_line_is_dropped_and_another_bad_line_is_named(tmp_path: Pat
     path.write_bytes(b"{}\n" + whole)
     with pytest.raises(StorageError, match="line 1"):
         AnswerJournal(path)
+
+
+def test_a_line_that_found_no_space_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "j"
+    with AnswerJournal(path) as journal:
+        journal.append(Answer("a", "scored", "7"))
+        whole = path.read_bytes()
+        disk = journal._file
+
+        class Full:
+            """A disk with room for ten more bytes, once."""
+
+            def write(self, line: bytes) -> int:
+                journal._file = disk
+                return disk.write(line[:10])
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(disk, name)
+
+        monkeypatch.setattr(journal, "_file", Full())
+        with pytest.raises(StorageError, match="free some space"):
+            journal.append(Answer("b", "scored", "8"))
+        assert path.read_bytes() == whole
+        monkeypatch.undo()
+        journal._file = disk
+        journal.append(Answer("c", "scored", "9"))
+    with AnswerJournal(path) as journal:
+        assert list(journal.answers) == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("text", "status"), [("1", "cut_off"), ('{"score": 1', "cut_off"), ('{"score": 1}', "scored"), ('{"score": 11}\n', "out_of_range")]
+)
+def test_a_text_that_was_cut_off_is_a_score_only_as_a_whole_object(text: str, status: str) -> None:
+    completion = {"choices": [{"finish_reason": "length", "message": {"content": text}}], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+    assert answer_of("a", completion, lambda _, raw: read_score(raw), PRICE).status == status
+    completion["choices"][0]["finish_reason"] = "stop"  # type: ignore[index]
+    assert (answer_of("a", completion, lambda _, raw: read_score(raw), PRICE).status == "scored") == (text in ("1", '{"score": 1}'))
 
 
 def test_two_runs_do_not_ask_the_same_questions_at_once(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from relseek_resources.judges.ledger import Group, Ledger, Reply
 from relseek_resources.storage import StorageError
 
 SERVER = Path(__file__).with_name("batch_server.py")
-GROUP = Group("g", "/v1/chat/completions", "24h", {"study": "quickstart"}, 0.5)
+GROUP = Group("g", "/v1/chat/completions", "24h", {"study": "quickstart"})
 
 
 def accept(custom_id: str, raw: str) -> Reading:
@@ -58,6 +59,10 @@ def books(base_url: str, **told: Any) -> dict[str, Any]:
 
 def in_child(work: Callable[[], None]) -> int:
     """Run `work` in a forked process; returns how it ended, as `os.waitstatus_to_exitcode` says it."""
+    return os.waitstatus_to_exitcode(os.waitpid(forked(work), 0)[1])
+
+
+def forked(work: Callable[[], None]) -> int:
     child = os.fork()
     if child == 0:
         try:
@@ -67,7 +72,7 @@ def in_child(work: Callable[[], None]) -> int:
             os.write(2, f"{error!r}\n".encode())
         finally:
             os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return child
 
 
 def life(folder: Path, base_url: str, kill_at: int) -> None:
@@ -151,6 +156,34 @@ def test_killed_after_every_step_each_batch_is_created_once_and_each_request_pai
         world(f"killed {kill_at}", kill_at)
 
 
+# --- two at once --------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_together_keep_to_a_budget(base_url: str, tmp_path: Path) -> None:
+    """Each alone is within it. Whoever asks for leave takes its time, so that without a lock both would read the same figures."""
+    path = tmp_path / "batches.sqlite"
+    Ledger(path).close()
+
+    def send(group: str, start: int) -> None:
+        asked = [replace(question, usd=1.0) for question in questions(8)[start : start + 4]]
+        client = openai.OpenAI(base_url=base_url, api_key="none")
+        with Ledger(path) as ledger:
+
+            def allow(usd: float) -> None:
+                before = sum(total.to_come_usd for total in ledger.totals())
+                time.sleep(0.5)
+                if before + usd > 6.0:
+                    raise ValueError("above the budget")
+
+            submit(ledger, client, group, asked, split=Split(requests=2), allow=allow)
+
+    both = [forked(lambda group=group, start=start: send(group, start)) for group, start in (("one", 0), ("two", 4))]  # type: ignore[misc]
+    assert sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in both) == [0, 1]
+    assert len(books(base_url)["created"]) == 2
+    with Ledger(path) as ledger:
+        assert [total.to_come_usd for total in ledger.totals()] == [4.0]
+
+
 # --- the ledger itself --------------------------------------------------------------------------------------------------
 
 
@@ -187,10 +220,33 @@ def test_an_attempt_is_claimed_once_whoever_asks(ledger: Ledger) -> None:
 
 
 def test_an_ended_batch_is_not_revived_by_a_late_look(ledger: Ledger) -> None:
-    batch = ledger.begin_batch(GROUP, 1)
-    ledger.update_batch(batch.number, status="completed", completed=5)
-    assert ledger.update_batch(batch.number, status="in_progress", completed=3).status == "completed"
-    assert ledger.batch(batch.number).completed == 5
+    before = ledger.update_batch(ledger.begin_batch(GROUP, 1).number, status="in_progress", batch_id="batch_1")
+    assert ledger.record_look(before, status="completed", completed=5).status == "completed"
+    assert ledger.record_look(before, status="in_progress", completed=3).completed == 5
+    assert ledger.record_look(before, status="lost").status == "completed"
+
+
+def test_a_late_look_changes_nothing_of_a_batch_that_was_created_again(ledger: Ledger) -> None:
+    number = ledger.begin_batch(GROUP, 1).number
+    before = ledger.update_batch(number, status="validating", batch_id="batch_1")
+    held = ledger.record_look(before, status="held", batch_id=None, former=["batch_1"], held_until=0.0)
+    assert (held.status, held.batch_id) == ("held", None)
+    assert ledger.record_look(before, status="held", batch_id=None, former=["batch_1", "batch_1"]) == held
+    creating = ledger.update_batch(number, status="creating")
+    assert ledger.record_look(before, status="failed", batch_id="batch_1") == creating
+    again = ledger.record_look(creating, status="validating", batch_id="batch_2")
+    assert (again.status, again.batch_id) == ("validating", "batch_2")
+    for late in (before, creating):
+        assert ledger.record_look(late, status="held", batch_id=None) == again
+
+
+def test_a_lost_batch_may_turn_up_until_it_is_collected(ledger: Ledger) -> None:
+    lost = ledger.update_batch(ledger.begin_batch(GROUP, 1).number, status="lost", batch_id="batch_1")
+    assert ledger.record_look(lost, status="in_progress").status == "in_progress"
+    ledger.update_batch(lost.number, status="lost")
+    with ledger.transaction():
+        ledger.mark_collected(lost.number, warnings=[])
+    assert ledger.record_look(lost, status="completed").status == "lost"
 
 
 def test_a_failed_transaction_leaves_nothing(ledger: Ledger) -> None:

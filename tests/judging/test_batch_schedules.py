@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import tempfile
@@ -14,9 +15,9 @@ import pytest
 from batch_server import BatchServer, Chaos
 from openai import OpenAI
 
-from relseek_resources.judges import batches, provider
+from relseek_resources.judges import batch_sending, batches, provider
 from relseek_resources.judges.answers import Answer, Reading, Request, read_score
-from relseek_resources.judges.batches import BatchError, Settled, Split, poll, settle, submit
+from relseek_resources.judges.batches import BatchError, Settled, Split, cancel, poll, settle, submit
 from relseek_resources.judges.ledger import Ledger
 
 SEEDS = 100
@@ -65,7 +66,8 @@ def questions(count: int) -> list[Request]:
 def patch(monkeypatch: pytest.MonkeyPatch, dying: Dying) -> None:
     monkeypatch.setattr(provider, "pause", lambda seconds: None)
     monkeypatch.setattr("openai._base_client.BaseClient._calculate_retry_timeout", lambda *arguments: 0.0)
-    monkeypatch.setattr(batches, "FIRST_HOLD", 0.0)
+    monkeypatch.setattr(batch_sending, "FIRST_HOLD", 0.0)
+    monkeypatch.setattr(batches, "MISSES_APART", 0.0)
     commit, send = Ledger.transaction, openai.OpenAI._send_request
 
     class Step:
@@ -130,8 +132,13 @@ def check(seed: int, server: BatchServer, folder: Path, monkeypatch: pytest.Monk
         try:
             rows = life(folder / "batches.sqlite", client, asked, groups)
             break
-        except (Died, BatchError):  # the next process goes on from what is on disk
+        except Died:  # the next process goes on from what is on disk
             continue
+        except BatchError as error:
+            if "knows none of" in str(error):  # all that was in flight was forgotten, and a person has to say so
+                with contextlib.suppress(Died, BatchError), Ledger(folder / "batches.sqlite") as ledger:
+                    for group in groups:
+                        cancel(ledger, client, group)
     where = f"seed {seed}"
     assert [row.custom_id for row in rows] == [request.custom_id for request in asked], where
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from batch_server import BatchServer, Fault, Plan
+from batch_server import FORGOTTEN, BatchServer, Fault, Plan
 from openai import OpenAI
 
 from relseek_resources.judges import provider
 from relseek_resources.judges.answers import Answer, Reading, Request, read_score
-from relseek_resources.judges.batches import BatchError, Settled, Split, Submitted, cancel, describe, poll, settle, submit
+from relseek_resources.judges.batches import MISSES_APART, BatchError, Settled, Split, Submitted, cancel, describe, poll, settle, submit
 from relseek_resources.judges.ledger import Ledger
 
 GROUP = "judge/quickstart/smollm2-135m:L12/2"
@@ -303,11 +306,11 @@ def test_pages_end_where_the_oldest_batch_in_flight_is(
     finish(questions(5))
     for running in server.batches.values():
         running.shown["created_at"] -= 9000
-    newest = send(questions(6)).batches[0]
-    del server.batches[str(newest.batch_id)]
+    forgotten, newest = send(questions(7)[5:], split=Split(requests=1)).batches
+    server.forget(str(forgotten.batch_id))
     server.calls.clear()
-    assert [batch.number for batch in poll(ledger, client).lost] == [newest.number]
-    assert server.calls == ["GET /v1/batches", f"GET /v1/batches/{newest.batch_id}"]
+    assert [batch.number for batch in poll(ledger, client).batches] == [forgotten.number, newest.number]
+    assert server.calls == ["GET /v1/batches", f"GET /v1/batches/{forgotten.batch_id}"]
 
 
 @pytest.mark.parametrize("end", ["expired", "cancelled"])
@@ -338,17 +341,145 @@ def test_a_status_of_another_server_counts_as_in_flight_and_is_reported(
     assert len(rows(finish(questions(2)))) == 2 and len(server.created) == 1
 
 
-def test_a_batch_that_the_provider_forgot_is_asked_again_with_a_warning(
+@pytest.fixture
+def moment(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets seconds go by on the clock that looks are counted by."""
+    offset = [0.0]
+    now = time.time
+    monkeypatch.setattr("relseek_resources.judges.batches.time.time", lambda: now() + offset[0])
+
+    def later(seconds: float) -> None:
+        offset[0] += seconds
+
+    return later
+
+
+def test_a_batch_is_lost_after_looks_minutes_apart_and_then_asked_again_with_a_warning(
+    server: BatchServer, send: Send, finish: Finish, ledger: Ledger, client: OpenAI, moment: Callable[[float], None]
+) -> None:
+    server.looks = 10
+    gone, there = send(questions(2), split=Split(requests=1)).batches
+    server.forget(str(gone.batch_id))
+    for _ in range(5):
+        assert poll(ledger, client).lost == (), "five looks within a minute are one"
+    moment(MISSES_APART)
+    assert poll(ledger, client).lost == ()
+    moment(MISSES_APART)
+    third = poll(ledger, client)
+    assert [batch.number for batch in third.lost] == [gone.number]
+    assert any("not known to the provider any more: its 1 requests are asked again" in warning for warning in third.warnings)
+    server.looks = 1
+    found = rows(finish(questions(2)))
+    assert [(row.status, row.attempt) for row in found.values()] == [("scored", 2), ("scored", 1)]
+    assert there.batch_id in server.batches
+
+
+def test_a_look_that_finds_a_batch_again_begins_the_count_anew(
+    server: BatchServer, send: Send, ledger: Ledger, client: OpenAI, moment: Callable[[float], None]
+) -> None:
+    server.looks = 20
+    gone = str(send(questions(2), split=Split(requests=1)).batches[0].batch_id)
+    for _ in range(3):
+        server.forget(gone)
+        for _ in range(2):
+            assert poll(ledger, client).lost == ()
+            moment(MISSES_APART)
+        server.remember(gone)
+        poll(ledger, client)
+    assert len(server.created) == 2
+
+
+def test_a_lost_batch_that_turns_up_before_it_is_settled_is_in_flight_again_and_is_not_paid_twice(
+    server: BatchServer, send: Send, finish: Finish, ledger: Ledger, client: OpenAI, moment: Callable[[float], None]
+) -> None:
+    server.looks = 10
+    gone = str(send(questions(2), split=Split(requests=1)).batches[0].batch_id)
+    server.forget(gone)
+    for _ in range(3):
+        poll(ledger, client)
+        moment(MISSES_APART)
+    assert ledger.batches()[0].status == "lost"
+    server.remember(gone)
+    assert gone in [batch.batch_id for batch in poll(ledger, client).batches]
+    server.looks = 1
+    assert {row.attempt for row in rows(finish(questions(2))).values()} == {1}
+    assert all(len(runs) == 1 for runs in server.charges.values())
+
+
+def test_another_accounts_key_loses_nothing_and_says_so(
+    server: BatchServer, send: Send, finish: Finish, ledger: Ledger, client: OpenAI, moment: Callable[[float], None]
+) -> None:
+    send(questions(4), split=Split(requests=2))
+    other = client.with_options(api_key="another account's")
+    for _ in range(5):
+        with pytest.raises(BatchError, match="knows none of 2 batches in flight.*not the key that they were sent with"):
+            poll(ledger, other)
+        moment(MISSES_APART)
+    # with something of the other account's own in flight, a look finds that, and still says nothing of these
+    submit(ledger, other, "another group", questions(2, start=50))
+    server.looks = 20
+    for _ in range(5):
+        looked = poll(ledger, other)
+        assert looked.lost == () and any("another account's" in warning for warning in looked.warnings)
+        moment(MISSES_APART)
+    server.looks = 1
+    for _ in range(3):
+        with contextlib.suppress(BatchError):
+            poll(ledger, client)
+    assert {row.attempt for row in rows(settle(ledger, client, GROUP, questions(4), accept, 3)).values()} == {1}
+    assert all(len(runs) == 1 for runs in server.charges.values())
+
+
+def test_what_an_account_has_forgotten_altogether_is_given_up_by_a_person(
     server: BatchServer, send: Send, finish: Finish, ledger: Ledger, client: OpenAI
 ) -> None:
-    server.plans = [Plan("lost", 0.0)]
-    sent = send(questions(3))
-    poll(ledger, client)
-    looked = [poll(ledger, client), poll(ledger, client)]
-    lost = [batch.batch_id for polled in looked for batch in polled.lost]
-    assert lost == [sent.batches[0].batch_id] and any("not known to the provider" in warning for polled in looked for warning in polled.warnings)
-    found = rows(finish(questions(3)))
-    assert {row.attempt for row in found.values()} == {2} and {row.status for row in found.values()} == {"scored"}
+    gone = str(send(questions(2)).batches[0].batch_id)
+    server.forget(gone)
+    with pytest.raises(BatchError, match=f"if the provider has forgotten them for good, cancel {GROUP} and submit again"):
+        poll(ledger, client)
+    assert [batch.status for batch in cancel(ledger, client, GROUP)] == ["lost"]
+    send(questions(2))
+    assert {(row.status, row.attempt) for row in rows(finish(questions(2))).values()} == {("scored", 2)}
+
+
+def test_a_ledger_speaks_to_no_other_endpoint(server: BatchServer, send: Send, finish: Finish, ledger: Ledger) -> None:
+    send(questions(2))
+    with BatchServer() as elsewhere:
+        client = OpenAI(base_url=elsewhere.base_url, api_key="none")
+        for speak in (
+            lambda: poll(ledger, client),
+            lambda: submit(ledger, client, "another group", questions(1, start=9)),
+            lambda: settle(ledger, client, GROUP, questions(2), accept, 3),
+            lambda: cancel(ledger, client, GROUP),
+        ):
+            with pytest.raises(BatchError, match=f"holds batches of {server.base_url}, and the endpoint asked now is {elsewhere.base_url}"):
+                speak()
+        assert elsewhere.calls == []
+    assert {row.attempt for row in rows(finish(questions(2))).values()} == {1}
+
+
+def test_an_endpoint_where_nothing_could_be_created_binds_nobody(server: BatchServer, send: Send, ledger: Ledger, finish: Finish) -> None:
+    with BatchServer() as elsewhere:
+        elsewhere.faults = [Fault("500", "POST /v1/files", count=99)]
+        with pytest.raises(BatchError, match="no answer"):
+            submit(ledger, OpenAI(base_url=elsewhere.base_url, api_key="none"), GROUP, questions(2))
+    send(questions(2))
+    assert len(rows(finish(questions(2)))) == 2
+
+
+def test_a_forgotten_input_file_is_uploaded_again_but_not_for_ever(server: BatchServer, send: Send, finish: Finish, ledger: Ledger) -> None:
+    server.faults = [Fault(FORGOTTEN, "POST /v1/batches")]
+    send(questions(3))
+    assert len(rows(finish(questions(3)))) == 3 and len(server.created) == 1
+    server.faults = [Fault(FORGOTTEN, "POST /v1/batches", count=99)]
+    server.calls.clear()
+    with pytest.raises(BatchError, match="No such File object"):
+        send(questions(5))
+    assert server.calls.count("POST /v1/batches") == 2
+    assert ledger.batches()[-1].status == "written"
+    server.faults = []
+    send(questions(5))
+    assert len(rows(finish(questions(5)))) == 5 and all(len(runs) == 1 for runs in server.charges.values())
 
 
 def test_a_failed_validation_blames_its_lines_and_asks_the_others_anew(server: BatchServer, send: Send, finish: Finish) -> None:
@@ -383,7 +514,7 @@ def test_a_full_account_holds_the_batch_and_uses_no_attempt(
     assert held.status == "held" and held.held_until is not None and "Enqueued token limit" in describe(ledger)[0]
     poll(ledger, client)
     assert len(server.created) == 1  # its time has not come
-    monkeypatch.setattr("relseek_resources.judges.batches.FIRST_HOLD", 0.0)
+    monkeypatch.setattr("relseek_resources.judges.batch_sending.FIRST_HOLD", 0.0)
     ledger.update_batch(held.number, held_until=0.0)
     found = rows(finish(questions(2), attempts=1))
     assert {(row.status, row.attempt) for row in found.values()} == {("scored", 1)}
@@ -419,6 +550,17 @@ def test_what_is_no_score_is_asked_again_alone(server: BatchServer, send: Send, 
     assert found[hit].cost_usd == pytest.approx(sum(price(run.tokens, 5) for run in paid))
     second = json.loads(server.files[str(settled.batches[-1].input_file_id)].path.read_text())
     assert second["custom_id"] == hit
+
+
+@pytest.mark.parametrize(("text", "status"), [('{"score": 1}  ', "scored"), ("1", "cut_off"), ('"10"', "cut_off")])
+def test_a_text_that_was_cut_off_counts_only_as_a_whole_object(server: BatchServer, send: Send, finish: Finish, text: str, status: str) -> None:
+    """Half of an answer is what the server cuts off: `1` may have been going to be `10`."""
+    server.answer = lambda custom_id, body: text * 2 if text[0] != "{" else text + " " * len(text)
+    asked = questions(1)
+    server.fates[asked[0].custom_id] = ["length"]
+    send(asked)
+    (row,) = rows(finish(asked, attempts=1)).values()
+    assert (row.status, row.raw) == (status, text)
 
 
 @pytest.mark.parametrize(
@@ -511,8 +653,75 @@ def test_cancelling_what_was_not_sent_yet_and_what_has_ended(server: BatchServer
     assert cancel(ledger, client, GROUP) == []
 
 
+def test_cancelling_waits_for_a_creation_that_may_still_arrive(
+    server: BatchServer, send: Send, ledger: Ledger, client: OpenAI, waits: list[float]
+) -> None:
+    server.faults = [Fault("500", "POST /v1/batches", count=99), Fault("500", "GET /v1/batches", count=99)]
+    with pytest.raises(BatchError):
+        send(questions(2))
+    server.faults = []
+    ledger.update_batch(1, intended=time.time())
+    waits.clear()
+    assert [batch.status for batch in cancel(ledger, client, GROUP)] == ["cancelled"]
+    assert len(waits) == 1 and provider.SETTLING - 1 < waits[0] <= provider.SETTLING
+
+
+# --- money --------------------------------------------------------------------------------------------------------------
+
+
+class Broke(ValueError):
+    pass
+
+
+def up_to(budget: float, ledger: Ledger) -> Callable[[float], None]:
+    """Allows what is, with all that the ledger may still cost, within a budget."""
+
+    def allow(usd: float) -> None:
+        if usd + sum(total.to_come_usd for total in ledger.totals()) > budget:
+            raise Broke(usd)
+
+    return allow
+
+
+def test_what_is_not_allowed_is_not_sent_at_all(server: BatchServer, send: Send, ledger: Ledger) -> None:
+    asked = [replace(question, usd=0.25) for question in questions(9)]
+    with pytest.raises(Broke, match="2.25"):
+        send(asked, split=Split(requests=2), allow=up_to(2.0, ledger))
+    assert server.calls == [] and ledger.batches() == [] and not list((ledger.folder / "requests").iterdir())
+    assert send(asked[:8], allow=up_to(2.0, ledger)).requests == 8
+    with pytest.raises(Broke, match="0.25"):
+        send(asked, allow=up_to(2.0, ledger))
+    assert len(server.created) == 1
+
+
+def test_asking_again_has_to_be_allowed_too_and_what_came_back_is_kept(
+    server: BatchServer, send: Send, finish: Finish, ledger: Ledger, client: OpenAI
+) -> None:
+    asked = [replace(question, usd=0.25) for question in questions(4)]
+    server.fates[asked[2].custom_id] = ["prose"]
+    send(asked)
+    for _ in range(3):
+        poll(ledger, client)
+    with pytest.raises(Broke, match="0.25"):
+        settle(ledger, client, GROUP, asked, accept, 3, allow=up_to(0.2, ledger))
+    assert len(server.created) == 1 and [batch.collected for batch in ledger.batches()] == [True]
+    assert [row.status for row in rows(settle(ledger, client, GROUP, asked, accept, 1)).values()] == ["scored", "scored", "unreadable", "scored"]
+    assert settle(ledger, client, GROUP, asked, accept, 3, allow=up_to(0.3, ledger)).resubmitted == 1
+    assert rows(finish(asked))[asked[2].custom_id].attempt == 2
+
+
+def test_what_has_ended_is_collected_though_nobody_wants_it_any_more(server: BatchServer, send: Send, finish: Finish, ledger: Ledger) -> None:
+    send(questions(3))
+    send(questions(3, start=7))
+    finish(questions(3, start=7))
+    assert [batch.collected for batch in ledger.batches()] == [True, True]
+    (total,) = ledger.totals()
+    charged = [run for runs in server.charges.values() for run in runs]
+    assert (total.prompt_tokens, total.completion_tokens, total.to_come_usd) == (sum(run.tokens for run in charged), 5 * len(charged), 0.0)
+
+
 def test_people_read_what_is_in_flight(send: Send, ledger: Ledger, client: OpenAI) -> None:
-    send(questions(4), usd_per_request=0.25)
+    send([replace(question, usd=0.25) for question in questions(4)])
     poll(ledger, client)
     (line,) = describe(ledger, GROUP)
     assert line.startswith(f"1. {GROUP} · in_progress for 0 min (window 24h) · 0 of 4 requests answered · attempt 1 · about $1.00 · batch_")
@@ -537,6 +746,13 @@ def test_a_result_line_is_read_whatever_it_holds(tmp_path: Path) -> None:
     assert (name, reply.outcome, reply.raw, reply.prompt_tokens, reply.completion_tokens, reply.model) == ("a", "answered", "7 ?", 0, 0, None)
     for body in ({}, {"choices": []}, {"choices": [None]}, {"choices": [{"message": {"content": ["x"]}}]}, {"choices": "x"}):
         assert read({"custom_id": "a", "response": {"status_code": 200, "body": body}})[1].outcome == "unreadable"
+    completion = {"choices": [{"message": {"content": "7"}}], "usage": {"prompt_tokens": 3, "completion_tokens": 1}, "model": "m"}
+    (_, as_text), (_, as_object) = (
+        read({"custom_id": "a", "response": {"status_code": 200, "body": body}}) for body in (json.dumps(completion), completion)
+    )
+    assert as_text == as_object and (as_text.raw, as_text.prompt_tokens) == ("7", 3), "OGX writes the body as JSON text"
+    assert read({"custom_id": "a", "response": {"status_code": 400, "body": json.dumps({"error": {"message": "no"}})}})[1].error == "HTTP 400 no"
+    assert read({"custom_id": "a", "response": {"status_code": 200, "body": "half of {"}})[1].outcome == "failed"
     for line in (
         {"custom_id": "a"},
         {"custom_id": "a", "response": None, "error": "plain"},

@@ -229,6 +229,19 @@ def test_the_reply_called_a_is_the_one_that_was_shown_first() -> None:
     assert tables.LANGUAGE_PAIRS.to_arrow(frame, "pairs").num_rows == 4
 
 
+def test_answers_join_their_comparisons_by_name_whatever_their_order_and_a_missing_one_wins_for_nobody() -> None:
+    asked = pd.DataFrame([comparison(name, first) for name, first in (("one", "a"), ("two", "b"), ("three", "a"), ("four", "b"))])
+    said = [("four", "B"), ("stranger", "A"), ("one", "B"), ("two", "A")]
+    everybody = pd.concat([asked, pd.DataFrame([comparison("stranger", "a")])], ignore_index=True)
+    answers = [Answer(name, "scored", f'{{"answer": "{choice}"}}', model=f"m-{name}") for name, choice in said]
+    answered = tables.answer_rows(answers, everybody, tables.reader(everybody, {}))
+    frame = tables.language_pairs(asked, answered).set_index("item")
+    assert list(frame.index) == ["one", "two", "three", "four"]
+    assert frame["winner"].dropna().to_dict() == {"one": "b", "two": "b", "four": "a"}
+    assert {name: frame.loc[name, "model"] for name in ("one", "two", "four")} == {"one": "m-one", "two": "m-two", "four": "m-four"}
+    assert pd.isna(frame.loc["three", "status"]) and pd.isna(frame.loc["three", "raw"])
+
+
 @pytest.mark.parametrize("raw", ["C", "a", "Both.", "", "A or B", '{"answer": "a"}', '{"choice": "A"}'])
 def test_an_answer_that_is_neither_a_nor_b_wins_for_nobody(raw: str) -> None:
     """The published conversion counts it for the reply shown second (spec, section 4.4)."""

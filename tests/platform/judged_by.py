@@ -9,6 +9,7 @@ import pandas as pd
 
 from relseek_assets.judging.requests import REQUESTS
 from relseek_resources.storage import read_table
+from tests.judging.batch_server import BatchServer
 
 KEY_VARIABLE = "TINY_JUDGE_KEY"
 JUDGE = """
@@ -62,3 +63,10 @@ def run_until_collected(platform: Any, most: int = 8) -> list[str]:
         if "wait for them" not in done.output:
             return said
     raise AssertionError(f"still in flight after {most} runs: {said[-1]}")
+
+
+def complete_all(server: BatchServer) -> None:
+    """Let every batch run to its end, without a look of ours."""
+    for batch_id in list(server.batches):
+        while server.batches[batch_id].shown["status"] != "completed":
+            server.look(batch_id)

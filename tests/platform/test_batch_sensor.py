@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -14,8 +18,9 @@ from relseek_assets.definitions import build_definitions
 from relseek_assets.stage import Store
 from relseek_assets.study import load_study
 from tests.judging.batch_server import BatchServer, Fault
-from tests.platform.judged_by import KEY_VARIABLE, counts, requests_of, table, with_judge
+from tests.platform.judged_by import KEY_VARIABLE, complete_all, counts, requests_of, table, with_judge
 
+CHECKOUT = Path(__file__).parents[2]
 LISTS = "GET /v1/batches"
 SITE_AND_EPOCH = "m:L01|e02"
 #: What follows from the answers about one site and epoch, as far as other epochs and sites are not waited for.
@@ -176,3 +181,45 @@ def test_what_is_in_flight_is_left_out_of_a_run_from_the_ui_and_fails_nothing(se
     assert any("judge_pairs: 1 of 1 partitions left out: waits for batch batch_" in text for text in said)
     changed = {path for path, sha256 in sent.stored().items() if before.get(path) != sha256}
     assert not [path for path in changed if path.endswith(".parquet")]
+
+
+#: A daemon's run that is killed when it has uploaded what is to be asked again and nobody knows.
+DYING = """
+import os, signal, sys
+from pathlib import Path
+from relseek_resources.judges import provider
+from tests.platform.conftest import Platform
+from tests.platform.test_batch_sensor import location
+upload = provider.upload
+def dying(*arguments, **options):
+    upload(*arguments, **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+provider.upload = dying
+with location(Platform(Path(sys.argv[1]), Path(sys.argv[2]))) as here:
+    for request in here.tick().run_requests:
+        here.execute(request)
+"""
+
+
+@pytest.mark.slow
+def test_a_collection_killed_while_it_asks_again_is_taken_up_by_the_sensor(sent: Any, server: BatchServer) -> None:
+    hit = min(requests_of(sent).query("site == 'm:L01' and epoch == 2")["custom_id"])
+    server.fates[hit] = ["prose"]
+    complete_all(server)
+    environment = {**sent.environment(), KEY_VARIABLE: "a key"}
+    died = subprocess.run(
+        [sys.executable, "-c", DYING, str(sent.folder), str(sent.model)], env=environment, cwd=CHECKOUT, capture_output=True, text=True
+    )
+    assert died.returncode == -signal.SIGKILL, died.stdout + died.stderr
+    with location(sent) as here:
+        for run in here.instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])):
+            here.instance.report_run_failed(run)  # as the daemon's monitor does with a run whose process is gone
+        for _ in range(12):
+            tick = here.tick()
+            for request in tick.run_requests or ():
+                assert here.execute(request).success
+        assert not tick.run_requests, "nothing is left to collect"
+        assert len(here.instance.get_materialized_partitions(dg.AssetKey(["tiny", "judge_answers"]))) == 4
+    asked = requests_of(sent)["custom_id"]
+    assert {name: len(runs) for name, runs in server.charges.items()} == dict.fromkeys(asked, 1) | {hit: 2}
+    assert len(server.created) == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from relseek_assets.study import load_study
 from relseek_resources.storage import content_version
 from tests.judging.batch_server import BatchServer, hashed_answer
 from tests.judging.chat_server import Says, serving
-from tests.platform.judged_by import KEY_VARIABLE, SELECT, counts, requests_of, run_until_collected, table, with_judge
+from tests.platform.judged_by import KEY_VARIABLE, SELECT, complete_all, counts, requests_of, run_until_collected, table, with_judge
 
 CHECKOUT = Path(__file__).parents[2]
 ASKING = {"rating_requests", "pairwise_requests", "judge_submissions", "judge_answers"}
@@ -246,6 +247,12 @@ killing({module}, {name!r}, {after})
 from relseek_assets.cli import main
 main(sys.argv[1:])
 """
+#: In this order: what each death leaves is where the next process begins.
+ASKING_AGAIN = {
+    "what to ask again is written down and not sent": ("Ledger", "start", 1, True),
+    "its file is uploaded and nobody knows": ("provider", "upload", 1, True),
+    "its batch is created and nobody knows": ("provider", "find_or_make", 1, True),
+}
 #: Where, at which call of the process, and whether before or after it.
 SENDING = {
     "a file is uploaded and nobody knows": ("provider", "upload", 1, True),
@@ -288,9 +295,7 @@ def test_a_run_killed_while_it_sends_and_while_it_collects_pays_nothing_twice(fi
     done = finished.command("run", "STUDY", "--select", "judge_submissions")
     assert done.exit_code == 0, done.output
     assert len(server.created) == len({sha256 for sha256, _ in server.created}) == GROUPS
-    for batch_id in list(server.batches):
-        while server.batches[batch_id].shown["status"] != "completed":
-            server.look(batch_id)
+    complete_all(server)
     for moment in COLLECTING.values():
         kill_itself(finished, moment, "judge_answers")
     done = finished.command("run", "STUDY", "--select", "judge_answers")
@@ -301,3 +306,83 @@ def test_a_run_killed_while_it_sends_and_while_it_collects_pays_nothing_twice(fi
     answers = table(finished, "judge_answers")
     assert set(answers["custom_id"]) == asked
     assert set(answers["status"]) == {"scored"}
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_asks_again_leaves_a_study_that_ends(finished: Any, server: BatchServer) -> None:
+    with_judge(finished, server.base_url, more="attempts = 2\n")
+    assert finished.command("run", "STUDY", "--select", "judge_submissions").exit_code == 0
+    asked = requests_of(finished)
+    hit = min(asked.query("site == 'm:L01' and epoch == 2")["custom_id"])
+    server.fates[hit] = ["prose"]
+    complete_all(server)
+    for moment in ASKING_AGAIN.values():
+        kill_itself(finished, moment, "judge_answers")
+        assert counts(finished)["judge_answers"] == {"missing": GROUPS}, "nothing is in flight that could be waited for"
+    run_until_collected(finished)
+    assert counts(finished)["selection"] == {"fresh": 1}
+    assert {name: len(runs) for name, runs in server.charges.items()} == dict.fromkeys(asked["custom_id"], 1) | {hit: 2}
+    assert len(server.created) == GROUPS + 1
+    assert set(table(finished, "judge_answers")["status"]) == {"scored"}
+
+
+# --- money and endpoints ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_asking_again_keeps_to_the_budget_and_goes_on_when_it_is_raised(finished: Any, server: BatchServer) -> None:
+    with_judge(finished, server.base_url, more="attempts = 2\n")
+    assert finished.command("run", "STUDY", "--select", "judge_submissions").exit_code == 0
+    hit = min(requests_of(finished)["custom_id"])
+    server.fates[hit] = ["prose"]
+    complete_all(server)
+    finished.edit("budget_usd = 5.0", "budget_usd = 0.001")
+    done = finished.command("run", "STUDY", "--select", "judge_answers")
+    assert done.exit_code == 1
+    assert "judge 'gpt' of study tiny would cost $0.0" in done.output and "above its budget_usd of $0.001; nothing was sent" in done.output
+    assert len(server.created) == GROUPS and len(server.charges[hit]) == 1
+    finished.edit("budget_usd = 0.001", "budget_usd = 5.0")
+    run_until_collected(finished)
+    assert len(server.charges[hit]) == 2 and len(server.created) == GROUPS + 1
+
+
+@pytest.mark.slow
+def test_another_endpoint_is_not_asked_about_batches_of_the_first_and_shares_no_answers(
+    finished: Any, server: BatchServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+    with_judge(finished, "")
+    assert finished.command("run", "STUDY", "--select", "judge_submissions").exit_code == 0
+    with BatchServer() as elsewhere:
+        monkeypatch.setenv("OPENAI_BASE_URL", elsewhere.base_url)
+        told = finished.command("batches", "STUDY")
+        assert f"holds batches of {server.base_url}, and the endpoint asked now is {elsewhere.base_url}" in told.output
+        assert "4 of 4 groups in flight" in told.output
+        assert elsewhere.calls == []
+
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+        monkeypatch.setenv(KEY_VARIABLE, "another account's key")
+        for _ in range(3):
+            assert "the key that is set seems to be another account's" in finished.command("batches", "STUDY").output
+        monkeypatch.setenv(KEY_VARIABLE, "a key")
+        run_until_collected(finished)
+        asked = set(requests_of(finished)["custom_id"])
+        assert {name: len(runs) for name, runs in server.charges.items()} == dict.fromkeys(asked, 1)
+
+        finished.edit('base_url = ""', f'base_url = "{elsewhere.base_url}"')
+        states = counts(finished)
+        assert (states["rating_requests"], states["judge_submissions"], states["judge_answers"]) == ({"fresh": 12}, {"stale": 4}, {"stale": 4})
+        run_until_collected(finished)
+        assert {name: len(runs) for name, runs in elsewhere.charges.items()} == dict.fromkeys(asked, 1)
+
+
+@pytest.mark.slow
+def test_without_its_ledger_nothing_is_asked_until_a_person_says_so(finished: Any, server: BatchServer) -> None:
+    with_judge(finished, server.base_url)
+    assert finished.command("run", "STUDY", "--select", "judge_submissions").exit_code == 0
+    for path in finished.files.glob("judge_batches*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done = finished.command("run", "STUDY", *SELECT)
+    assert done.exit_code == 1
+    assert "which says what was sent and paid for; restore it from a backup" in done.output
+    assert len(server.created) == GROUPS
