@@ -148,6 +148,14 @@ def asked(extra: dict[str, Any], vectors: Vectors | None) -> str:
     return requests.canonical(requests.read(wanted, vectors))
 
 
+def check_text(said: Any) -> None:
+    """Refuse half of a surrogate pair, which JSON can write and no process can be sent: vLLM would answer with HTTP 500 and no word."""
+    try:
+        json.dumps(said, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise SteeringError(f"stop and vllm_xargs must be text, and hold half of a surrogate pair ({error.reason})") from error
+
+
 def _prepare_request_classes() -> None:
     """Let vLLM's request classes carry `custom`, which they would drop, and refuse at once what cannot be met.
 
@@ -176,6 +184,7 @@ def _with_custom(original: Callable[..., Any], self: Any, *arguments: Any, **opt
             raise VLLMValidationError(f"steering is asked for twice, in custom and in vllm_xargs.{ASKED}", parameter="custom")
         params.extra_args = {**(params.extra_args or {}), ASKED: {"custom": beside["custom"]}}
     try:
+        check_text([params.stop, params.extra_args])
         asked(params.extra_args or {}, _offered.get("vectors"))
         requests.check_salt(self.cache_salt)
     except SteeringError as error:

@@ -83,7 +83,10 @@ def raw(port: int, content: bytes, *, wait: float = 20.0) -> bytes:
 
 
 def ask_fuzzed(port: int, model: str, seeds: Iterable[int], *, clients: int = 8, wait: float = 120.0) -> Counter[int]:
-    """Send a body for each seed; how often each status came. Every answer is a status of `ANSWERS`, and a refusal says what it is."""
+    """Send a body for each seed; how often each status came. Every answer is a status of `ANSWERS`, and a refusal says what it is.
+
+    FastAPI, in front of vLLM, says it in `detail` where a body is not even text, and all else in `error`.
+    """
 
     def ask(seed: int) -> int:
         content = fuzzed(random.Random(seed), model)

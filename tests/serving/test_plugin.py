@@ -160,6 +160,8 @@ def test_what_cannot_be_met_is_refused_and_says_so(server: Server, interventions
         ("/v1/chat/completions", {"custom": {"steer_multiplier": 1}, "vllm_xargs": {"relseek": "[]"}}, "twice"),
         ("/v1/chat/completions", {"vllm_xargs": {"relseek_steering": "[]"}}, "the server's own"),
         ("/v1/chat/completions", {"cache_salt": "relseek:1"}, "the server's own"),
+        ("/v1/chat/completions", {"stop": ["\ud800"]}, "surrogate"),
+        ("/v1/chat/completions", {"vllm_xargs": {"x": "\ud800"}}, "surrogate"),
         ("/v1/messages", {"custom": {"steer_multiplier": 1}}, "cannot be steered"),
         ("/tokenize", {"vllm_xargs": {"relseek": "[]"}}, "cannot be steered"),
     ],

@@ -63,3 +63,10 @@ def test_a_request_that_a_worker_finds_unread_is_not_served() -> None:
     assert plugin.steered(Settings(extra_args={"relseek_steering": "[]"})) == "[]"
     with pytest.raises(RuntimeError, match="unread"):
         plugin.steered(Settings(extra_args={"relseek": "[]"}))
+
+
+def test_half_a_surrogate_pair_is_refused_in_words() -> None:
+    plugin.check_text([["end", "\U0001f600"], {"relseek": "[]", "other": 1.5}])
+    for said in ([["\ud800"], None], [None, {"x": "a\udfff"}], [[], {"\ud800": 1}]):
+        with pytest.raises(SteeringError, match="surrogate"):
+            plugin.check_text(said)
