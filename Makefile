@@ -33,7 +33,7 @@ $(call beside,RELSEEK_RELEASE,release)
 $(call beside,RELSEEK_RELEASE_AXES,release_axes)
 $(call beside,RELSEEK_BENCHMARK_DATA,benchmark_data)
 
-test: $(INSTALLED_DEV) chromium lint  ## lint, types and the whole suite
+test: $(INSTALLED_DEV) chromium nginx lint  ## lint, types and the whole suite
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED_DEV)  ## ruff and mypy
@@ -80,3 +80,7 @@ $(INSTALLED_SERVE): | $(INSTALLED)
 .PHONY: chromium
 chromium: $(INSTALLED_DEV)
 	@command -v chromium >/dev/null 2>&1 || { $(call APT,chromium fonts-dejavu-core,Chromium for the browser tests); }
+
+.PHONY: nginx
+nginx: $(INSTALLED_DEV)
+	@command -v nginx >/dev/null 2>&1 || { $(call APT,nginx-light,nginx for the test of the router); }

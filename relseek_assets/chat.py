@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import click
@@ -21,7 +20,7 @@ from relseek_assets.steer import CommandError
 from relseek_assets.study import load_study
 from relseek_resources.models.loading import ModelError
 from relseek_resources.models.sampling import Sampling
-from relseek_resources.storage import keyed_seed, write_text
+from relseek_resources.storage import keyed_seed
 
 HELP = "TEXT says something, TEXT || 1.5 says it at another λ for this turn; /dose λ changes λ for good; /system TEXT, /reset, /save FILE, /quit"
 
@@ -205,24 +204,14 @@ class Loaded:
 
 def converse(talk: Talk, lines: Iterable[str], write: Callable[[str], None], note: Callable[[str], None]) -> None:
     """Answer lines until they end or say /quit; replies go to `write` piece by piece, all else to `note`."""
-    for line in lines:
-        line = line.strip()
-        if line in ("/quit", "/exit", "quit"):
-            return
-        if not line:
-            continue
-        try:
-            if line.startswith("/"):
-                note(_obeyed(talk, line))
-                continue
-            text, override = steer.said(line)
-            if not text:
-                raise CommandError(f"nothing stands before {steer.OVERRIDE}; say something, or set λ with /dose")
-            talk.say(text, talk.multiplier if override is None else override, write)
-            write("\n")
-            note(figures(talk.turns[-1]))
-        except (CommandError, ModelError) as error:
-            note(f"{error}")
+
+    def answer(text: str, override: float | None) -> str:
+        if not text:
+            raise CommandError(f"nothing stands before {steer.OVERRIDE}; say something, or set λ with /dose")
+        talk.say(text, talk.multiplier if override is None else override, write)
+        return figures(talk.turns[-1])
+
+    steer.answered(lines, lambda line: _obeyed(talk, line), answer, write, note)
 
 
 def _obeyed(talk: Talk, line: str) -> str:
@@ -231,20 +220,7 @@ def _obeyed(talk: Talk, line: str) -> str:
     if name == "dose":
         talk.multiplier = steer.number_of(rest, "/dose")
         return f"λ {talk.multiplier:g}"
-    if name == "system":
-        talk.system = rest
-        return f"system prompt: {rest}" if rest else "no system prompt"
-    if name == "reset":
-        talk.reset()
-        return "the conversation begins anew"
-    if name == "save":
-        if not rest:
-            raise CommandError("/save needs a file: /save FILE")
-        write_text(Path(rest), "".join(json.dumps(turn, ensure_ascii=False) + "\n" for turn in talk.turns))
-        return f"{len(talk.turns)} turns in {rest}"
-    if name == "help":
-        return HELP
-    raise CommandError(f"no command /{name}; {HELP}")
+    return steer.obey_any(talk, name, rest, HELP)
 
 
 def figures(turn: dict[str, Any]) -> str:

@@ -91,7 +91,7 @@ def run(study: str, select: tuple[str, ...], dry_run: bool) -> None:
     changed = workspace.observe()
     if changed:
         click.echo(f"new versions of: {', '.join(changed)}")
-    for line in (*workspace.look(), *workspace.unmet(select)):
+    for line in (*workspace.look(), *workspace.ask_servers(), *workspace.unmet(select)):
         click.echo(line)
     tasks = workspace.plan(select)
     if not tasks:
@@ -170,6 +170,7 @@ def status(study: str, partitions: bool, form: str) -> None:
     """
     workspace = _workspace(study)
     workspace.observe()
+    workspace.ask_servers()
     states = workspace.states()
     if form == "json":
         rows = [

@@ -22,6 +22,8 @@ from relseek_assets.prompting import assets as prompting
 from relseek_assets.reports import assets as reports
 from relseek_assets.selection import assets as selection
 from relseek_assets.selection import checks as selection_checks
+from relseek_assets.serving import assets as serving
+from relseek_assets.serving import sensors as serving_sensors
 from relseek_assets.stage import Stage, StageAsset, Store
 from relseek_assets.study import Study, load_study, study_names
 from relseek_assets.sweeps import assets as sweeps
@@ -31,8 +33,8 @@ from relseek_assets.trials import checks as trials_checks
 from relseek_assets.vectors import assets as vectors
 from relseek_resources.compute import Launcher, ModelLoader
 
-STEERED = (dataset, vectors, sweeps, judging, judge_agreement, selection)
-CONTRASTIVE = (vectors, axes)
+STEERED = (dataset, vectors, sweeps, judging, judge_agreement, selection, serving)
+CONTRASTIVE = (vectors, axes, serving)
 PUBLISHED_SCORES = (published_sweeps, published_judging, judge_agreement, selection)
 STEERED_CHECKS = (dataset_checks, judging_checks, selection_checks)
 
@@ -40,7 +42,7 @@ STEERED_CHECKS = (dataset_checks, judging_checks, selection_checks)
 def build_stage(study: Study) -> Stage:
     """The assets of a study, without Dagster's code location around them."""
     stage = Stage(study)
-    published = (*((vectors,) if study.published.vectors else ()), *(PUBLISHED_SCORES if study.published.scores else ()))
+    published = (*((vectors, serving) if study.published.vectors else ()), *(PUBLISHED_SCORES if study.published.scores else ()))
     modules = STEERED if study.steered else CONTRASTIVE if study.contrastive else published
     modules = (*modules, *((prompting,) if study.prompting is not None else ()))
     for module in (*modules, *((trials,) if study.trial is not None else ()), reports):
@@ -56,7 +58,7 @@ def build_definitions(study: Study, **overrides: Any) -> dg.Definitions:
     return dg.Definitions(
         assets=[*(asset.definition for asset in stage.catalogue.values()), *sources.assets(study)],
         asset_checks=[check for module in checks for check in module.build(stage)],
-        sensors=[sources.changed_files(study), *batches.sensors],
+        sensors=[sources.changed_files(study), *batches.sensors, *serving_sensors.build(stage)],
         schedules=batches.schedules,
         jobs=batches.jobs,
         resources={"store": Store(), "models": ModelLoader(), "launcher": Launcher(), **overrides},

@@ -65,7 +65,8 @@ def read_asset(workspace: Workspace, name: str, wanted: Sequence[str] = ()) -> p
     paths = [workspace.path(asset.name, key) for key in (wanted or known)]
     there = [path for path in paths if path.is_file()]
     if not there:
-        raise ExchangeError(f"{asset.name} has not been computed; `relseek run {workspace.study.name} --select {asset.name}` does it")
+        by = f"relseek run {workspace.study.name} --select {asset.name}" if not asset.made_by else f"{asset.made_by} {workspace.study.name}"
+        raise ExchangeError(f"{asset.name} has not been computed; `{by}` does it")
     missing = len(paths) - len(there)
     if missing and wanted:
         raise ExchangeError(

@@ -31,7 +31,7 @@ from dagster._core.loader import LoadingContext
 
 from relseek_resources.storage import content_version
 
-SOURCE_TAG = "relseek/source"  # `imported` on partitions that came from a file instead of a run
+SOURCE_TAG = "relseek/source"  # `imported` on partitions that came from a file instead of a run, `deployed` on those that a server recorded
 NO_EVENT = "-1"  # before every event; with Dagster's own word, NULL, the resolver takes an input that arrives later for unchanged
 MOST_IDS_OF_A_QUERY = 500  # SQLite allows 999 variables in a statement
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from relseek_resources.storage import file_sha256, read_table, write_bytes, writ
 
 if TYPE_CHECKING:
     from relseek_resources.compute import ModelSettings
-    from relseek_resources.serving.server import Settings
+    from relseek_resources.serving.guard import Settings
 
 DOSE_LIMIT = 20.0  # of vectors that no study declares a range for
 HASHES = "SHA256SUMS"
@@ -34,22 +35,25 @@ EMBEDDED_ENGINE = "embedded"
 
 @dataclass(frozen=True)
 class Vector:
-    """A vector to serve: its name, the file that it is copied from, and where that came from."""
+    """A vector to serve: its name, the file that it is copied from, and the partition of the study's asset that it is, if it is one."""
 
     name: str
     source: Path
     sha256: str
+    partition: str | None = None
 
 
 @dataclass(frozen=True)
 class Served:
-    """A model and its vectors by name, in `folder`; the first is the default. `dose_limit` is the declared range of multipliers."""
+    """A model and its vectors by name, in `folder`; the first is the default. `dose_limit` is the declared range of multipliers, `study` whose
+    vectors they are, None where all of them are files from elsewhere."""
 
     model: ModelSettings
     name: str
     folder: Path
     vectors: tuple[Vector, ...]
     dose_limit: float
+    study: Study | None = None
 
     def configuration(self) -> dict[str, Any]:
         """What `vectors.Configuration.from_json` reads, and vLLM under `relseek` in `--additional-config`."""
@@ -92,14 +96,14 @@ def of_a_study(study: Study, site: str | None, epoch: int | None, every: bool) -
     Raises:
         StudyError: nothing is stored, or nothing is selected and none is named.
     """
-    if not study.steered:
+    if not study.steered and not study.published.vectors:
         raise StudyError(f"study {study.name} is a trial and has no vectors; `relseek studies` says which have")
     there = candidates(study)
     if not there:
         raise StudyError(f"study {study.name} has no stored vectors; `relseek run {study.name}` makes them")
     wanted = _wanted(study, there, site, epoch)
     first = (wanted, *(found for found in there if every and found != wanted and study.model_of(found[0]) == study.model_of(wanted[0])))
-    return [Vector(f"{at}@e{number:02d}", there[at, number], file_sha256(there[at, number])) for at, number in first]
+    return [Vector(f"{at}@e{number:02d}", there[at, number], file_sha256(there[at, number]), f"{at}|e{number:02d}") for at, number in first]
 
 
 def _wanted(study: Study, there: Mapping[tuple[str, int], Path], site: str | None, epoch: int | None) -> tuple[str, int]:
@@ -132,7 +136,7 @@ def directions(study: Study, site: str | None, extraction: str, folder: Path) ->
     name = f"{site_key(model.name, chosen.read_at)}@{extraction}"
     file = folder / f"{file_name(name)}.safetensors"
     write_vectors(file, "safetensors", {chosen.read_at: chosen.vectors[chosen.read_at]}, {"study": study.name, "extraction": extraction})
-    return model, [Vector(name, file, file_sha256(file))]
+    return model, [Vector(name, file, file_sha256(file), model.name)]
 
 
 def of_files(given: Sequence[str]) -> list[Vector]:
@@ -168,9 +172,15 @@ def export(served: Served) -> None:
 # --- what is printed ----------------------------------------------------------------------------------------------------
 
 
+def address(settings: Settings) -> str:
+    """Where this machine reaches the server."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
+    return f"http://{f'[{host}]' if ':' in host.strip('[]') and not host.startswith('[') else host}:{settings.port}"
+
+
 def described(served: Served, settings: Settings, engine: str) -> str:
     """What is served and how to call it."""
-    url = f"http://{'127.0.0.1' if settings.host in ('0.0.0.0', '::') else settings.host}:{settings.port}"
+    url = address(settings)
     first, key = served.vectors[0].name, "KEY" if settings.keys else "none"
     header = " -H 'authorization: Bearer KEY'" if settings.keys else ""
     lines = [f"serving {served.name} ({served.model.source}, {engine} engine) on {url}, doses from -{served.dose_limit:g} to {served.dose_limit:g}"]
@@ -197,7 +207,7 @@ def described(served: Served, settings: Settings, engine: str) -> str:
             '  and in the task GenerateConfig(extra_body={"custom": {"steer_multiplier": 1.0}})',
             "",
             f"is it steering?  curl {url}/v1/relseek/health{header}",
-            *([f"chat page        {url}/"] if engine == EMBEDDED_ENGINE else []),
+            f"chat page        {url}/",
             "Ctrl-C ends it.",
         ]
     )
@@ -221,9 +231,24 @@ def serve_embedded(served: Served, settings: Settings, rows: int, length: int, t
         routes = [*chat.routes(), *(engine_routes(engine, settings, *trial) if trial else ())]
         app = create_app(engine, settings, routes)
         click.echo(described(served, settings, EMBEDDED_ENGINE))
+        witnessed(served, settings, EMBEDDED_ENGINE)
         run(app, settings)
     finally:
         engine.close()
+
+
+def witnessed(served: Served, settings: Settings, engine: str) -> None:
+    """Have the deployment recorded as `served_models` of its study, from the server's first answer to its end."""
+    from relseek_assets.serving import witness
+    from relseek_assets.serving.deployments import Deployment, ServedVector, new_name
+
+    if served.study is None:
+        return
+    vectors = tuple(ServedVector(vector.name, vector.sha256, vector.partition) for vector in served.vectors)
+    where, machine = address(settings), socket.gethostname()
+    draft = Deployment(new_name(), served.study.name, engine, served.name, served.model.source, where, machine, vectors)
+    files = {vector.name: vector.source for vector in served.vectors if vector.partition}
+    witness.start(draft, served.study.path, files, settings.keys[0] if settings.keys else None)
 
 
 def vllm_command(served: Served, settings: Settings, length: int, more: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -256,6 +281,7 @@ def serve_vllm(served: Served, settings: Settings, length: int, more: Sequence[s
         )
     command, environment = vllm_command(served, settings, length, more)
     click.echo(described(served, settings, "vllm"))
+    witnessed(served, settings, "vllm")
     sys.stdout.flush()
     os.execve(command[0], command, {**os.environ, **environment})
 
@@ -291,7 +317,7 @@ def gathered(
         taken = {vector.name for vector in own} & {vector.name for vector in files}
         if taken:
             raise StudyError(f"--vector {taken.pop()}: the study has a vector of that name; give another")
-        served = Served(model, getattr(model, "name", found.name), folder, (*own, *files), found.dose_limit)
+        served = Served(model, getattr(model, "name", found.name), folder, (*own, *files), found.dose_limit, found)
     export(served)
     return served
 
@@ -348,7 +374,7 @@ def serve(
       relseek serve quickstart --engine vllm -- --tensor-parallel-size 8
       relseek serve --model embedded:smollm2-135m-instruct --vector mine=mine.safetensors
     """
-    from relseek_resources.serving.server import Settings
+    from relseek_resources.serving.guard import Settings
     from relseek_resources.serving.trial_arms import ArmsError
     from relseek_resources.serving.vectors import ServingError
 

@@ -78,7 +78,8 @@ class StageAsset:
     `schema` is None unless they are tables, and a mapping where every partition is a table of its own shape. `view` turns the rows of all
     partitions into what readers are shown, where a column depends on partitions beside. `seconds` is the stated estimate for one
     partition, used until a run has measured it. `optional` names inputs that may be absent without the partition's being so. `waits` says which
-    partitions cannot be had yet because somebody outside is at work on them, `bill` what partitions would cost.
+    partitions cannot be had yet because somebody outside is at work on them, `bill` what partitions would cost. `made_by` is the command that alone
+    makes it, so that no run does.
     """
 
     name: str
@@ -90,6 +91,7 @@ class StageAsset:
     optional: tuple[str, ...] = ()
     waits: Waits | None = None
     bill: Bills | None = None
+    made_by: str = ""
 
     def schema_of(self, partition: str | None) -> TableSchema:
         assert self.schema is not None, f"{self.name} is no table"
@@ -309,6 +311,7 @@ class Stage:
         optional: Sequence[str] = (),
         waits: Waits | None = None,
         bill: Bills | None = None,
+        made_by: str = "",
     ) -> Callable[[Callable[[Work], Iterator[dg.AssetMaterialization]]], StageAsset]:
         """Declare an asset of the study.
 
@@ -323,6 +326,7 @@ class Stage:
             optional: those of `deps` that are read where they are there: published files or other studies' assets, and what is made from them.
             waits: which partitions somebody outside is at work on; what is made from them is left out of a run.
             bill: what partitions would cost in dollars.
+            made_by: the command whose doing it records; `relseek run` leaves it alone, and of its partitions only those that were made have a state.
         """
 
         def declare(body: Callable[[Work], Iterator[dg.AssetMaterialization]]) -> StageAsset:
@@ -359,7 +363,7 @@ class Stage:
                     work.say_statuses()
                 yield dg.Output(None, metadata=ALREADY_RECORDED)
 
-            found = StageAsset(name, definition, form, schema, seconds, view, tuple(optional), waits, bill)
+            found = StageAsset(name, definition, form, schema, seconds, view, tuple(optional), waits, bill, made_by)
             self.catalogue[name] = found
             return found
 

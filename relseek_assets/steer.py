@@ -128,10 +128,6 @@ class Session:
         """Forget the conversation; strengths and the system prompt stay, and so do the turns that are to be saved."""
         self.history.clear()
 
-    def save(self, file: Path) -> None:
-        """Write every turn said so far, a JSON object a line: texts, strengths, projection, seconds, seed."""
-        write_text(file, "".join(json.dumps(turn, ensure_ascii=False) + "\n" for turn in self.turns))
-
 
 class CommandError(ValueError):
     """A line that cannot be carried out; the message says why. The conversation goes on."""
@@ -148,20 +144,29 @@ def obey(session: Session, line: str) -> str:
     if name in STRENGTHS:
         session.strengths = session.strengths.with_(name, None if rest == "off" else number_of(rest, f"/{name}"))
         return str(session.strengths)
+    return obey_any(session, name, rest, HELP)
+
+
+def obey_any(talk: Any, name: str, rest: str, help_text: str) -> str:
+    """A command that every conversation has: /system, /reset, /save, /help. `talk` has `system`, `reset()` and `turns`.
+
+    Raises:
+        CommandError: another command, or /save without a file.
+    """
     if name == "system":
-        session.system = rest
+        talk.system = rest
         return f"system prompt: {rest}" if rest else "no system prompt"
     if name == "reset":
-        session.reset()
+        talk.reset()
         return "the conversation begins anew"
     if name == "save":
         if not rest:
             raise CommandError("/save needs a file: /save FILE")
-        session.save(Path(rest))
-        return f"{len(session.turns)} turns in {rest}"
+        write_text(Path(rest), "".join(json.dumps(turn, ensure_ascii=False) + "\n" for turn in talk.turns))
+        return f"{len(talk.turns)} turns in {rest}"
     if name == "help":
-        return HELP
-    raise CommandError(f"no command /{name}; {HELP}")
+        return help_text
+    raise CommandError(f"no command /{name}; {help_text}")
 
 
 def number_of(text: str, what: str) -> float:
@@ -184,22 +189,36 @@ def said(line: str) -> tuple[str, float | None]:
 
 def converse(session: Session, lines: Iterable[str], write: Callable[[str], None], note: Callable[[str], None]) -> None:
     """Answer lines until they end or say /quit; replies go to `write` piece by piece, all else to `note`."""
-    for line in lines:
-        line = line.strip()
+
+    def answer(text: str, override: float | None) -> str:
+        if not text:
+            raise CommandError(f"nothing stands before {OVERRIDE}; say something, or set the strength with /{session.strengths.overridden}")
+        session.say(text, override, write)
+        return session.figures()
+
+    answered(lines, lambda line: obey(session, line), answer, write, note)
+
+
+def answered(
+    lines: Iterable[str],
+    obeyed: Callable[[str], str],
+    answer: Callable[[str, float | None], str],
+    write: Callable[[str], None],
+    note: Callable[[str], None],
+) -> None:
+    """The loop of a conversation: commands go to `obeyed`, texts with the number behind `||` to `answer`, which returns the turn's figures."""
+    for line in map(str.strip, lines):
         if line in ("/quit", "/exit", "quit"):
             return
         if not line:
             continue
         try:
             if line.startswith("/"):
-                note(obey(session, line))
+                note(obeyed(line))
                 continue
-            text, override = said(line)
-            if not text:
-                raise CommandError(f"nothing stands before {OVERRIDE}; say something, or set the strength with /{session.strengths.overridden}")
-            session.say(text, override, write)
+            figures = answer(*said(line))
             write("\n")
-            note(session.figures())
+            note(figures)
         except (CommandError, ModelError) as error:
             note(f"{error}")
 
@@ -245,7 +264,7 @@ def of_study(study: Study, site: str | None, epoch: int | None, layers: list[int
     """
     if study.contrastive:
         return _directions(study, site, layers, extraction)
-    if not study.steered:
+    if not study.steered and not study.published.vectors:
         raise StudyError(f"study {study.name} is a trial and has no vectors; `relseek studies` says which have")
     site = site or study.sites[0]
     if site not in study.sites:

@@ -1,8 +1,9 @@
 """Routes beside vLLM's own: which vectors there are, registering one, and proof that steering is live.
 
 Here belong the HTTP routes of the vLLM plugin, an entry point of `vllm.endpoint_plugins`: vLLM attaches them when VLLM_PLUGINS names relseek. Under
-`/v1` they are guarded by vLLM's API key like the rest.
+`/v1` they are guarded by vLLM's API key like the rest; the page is not, and asks for the key.
 
+    GET  /                                 the chat page, without projections: vLLM does not give its stream away
     GET  /v1/relseek/vectors               what is offered, and the declared range
     POST /v1/relseek/vectors               {"name": ..., "file": ...}: offer a safetensors file of the declared folder from now on
     GET  /v1/relseek/health[?vector=NAME]  measures that a dose changes the model's log-probabilities and a dose of 0 does not
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import uuid
 from typing import Any
 
@@ -20,14 +20,12 @@ import numpy as np
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 
+from relseek_resources.serving import chat, liveness
 from relseek_resources.serving.plugin import ASKED
 from relseek_resources.serving.requests import SteeringError
-from relseek_resources.serving.vectors import Registered, Vectors
+from relseek_resources.serving.vectors import Vectors
 
-UNCHANGED = 1e-4  # nats; what a batch of another shape may move
-CHANGED = 1e-2
 ROUTED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")  # where plugin.py sees both ways of asking
-PROBE = range(10, 26)  # token ids that every vocabulary has
 
 router = APIRouter(prefix="/v1/relseek")
 
@@ -40,6 +38,7 @@ class Endpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(router)
+        app.router.routes.extend(chat.page_routes())
         app.add_middleware(NoSteeringElsewhere)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
@@ -105,47 +104,21 @@ async def health(request: Request, vector: str | None = None) -> JSONResponse:
         named = [vectors.named(vector, "vector")] if vector is not None else list(vectors.by_name.values())
     except SteeringError as error:
         return _refused(str(error), 404)
-    unsteered = await _measure(engine, None)
-    again = _distance(unsteered, await _measure(engine, None))
-    measured = [await _measured(engine, vectors, one, unsteered) for one in named]
-    live = again is not None and again < UNCHANGED and all(one["live"] for one in measured)
-    return JSONResponse({"live": live, "unsteered_again": again, "vectors": measured, "unit": "nats"}, status_code=200 if live else 503)
+    found = await liveness.measured(lambda interventions: _likeliest(engine, interventions), vectors, named)
+    return JSONResponse(found, status_code=200 if found["live"] else 503)
 
 
-async def _measured(engine: Any, vectors: Vectors, vector: Registered, unsteered: dict[int, float]) -> dict[str, Any]:
-    """The largest change of a log-probability at the ends of the declared range and at 0, after the middle one of the vector's blocks."""
-    blocks = list(vector.home) or sorted(vectors.blocks)
-    layer = blocks[len(blocks) // 2]
-    changes = {
-        dose: _distance(unsteered, await _measure(engine, [{"vector": vector.name, "layers": [layer], "multiplier": dose}]))
-        for dose in (-vectors.limits.dose, 0.0, vectors.limits.dose)
-    }
-    zero = not vector.at(layer).any()
-    live = all(change is not None and (change > CHANGED if dose and not zero else change < UNCHANGED) for dose, change in changes.items())
-    return {"name": vector.name, "layer": layer, "largest_change": {f"{dose:g}": change for dose, change in changes.items()}, "live": live}
-
-
-async def _measure(engine: Any, interventions: list[dict[str, Any]] | None) -> dict[int, float]:
+async def _likeliest(engine: Any, interventions: list[dict[str, Any]] | None) -> dict[int, float]:
     """Log-probabilities of the likeliest next tokens, in nats, computed anew: a salt of its own keeps cached prefixes out of it."""
     from vllm import SamplingParams
 
     extra = {ASKED: json.dumps(interventions)} if interventions is not None else None
     params = SamplingParams(temperature=0, max_tokens=1, logprobs=20, extra_args=extra)
-    prompt = {"prompt_token_ids": list(PROBE), "cache_salt": uuid.uuid4().hex}
+    prompt = {"prompt_token_ids": list(liveness.PROBE), "cache_salt": uuid.uuid4().hex}
     found: dict[int, float] = {}
     async for output in engine.generate(prompt, params, f"relseek-health-{uuid.uuid4().hex}"):
         found = {token: likely.logprob for token, likely in output.outputs[0].logprobs[0].items()}
     return found
-
-
-def _distance(one: dict[int, float], other: dict[int, float]) -> float | None:
-    """The largest difference of a log-probability, None where one is no number.
-
-    A token that one of them does not hold is taken to be as likely there as its least likely one, so that the difference is at least this large.
-    """
-    least_one, least_other = min(one.values()), min(other.values())
-    found = max(abs(one.get(token, least_one) - other.get(token, least_other)) for token in {*one, *other})
-    return found if math.isfinite(found) else None
 
 
 class NoSteeringElsewhere:

@@ -7,22 +7,18 @@
     GET  /v1/relseek/health[?vector=NAME]  measures that a dose changes the model's log-probabilities and a dose of 0 does not
     GET  /health                           the server answers and its engine runs
 
-Here belong routes, keys, limits and refusals; bodies and replies in `chat_completions.py`. Under `/v1` a key is needed where the server has any;
-routes that are mounted elsewhere guard themselves. Clients see no traceback.
+Here belong routes and what errors become; keys and limits in `guard.py`, bodies and replies in `chat_completions.py`. Under `/v1` a key is needed
+where the server has any; routes that are mounted elsewhere guard themselves. Clients see no traceback.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import json
 import logging
-import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -32,56 +28,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
-from relseek_resources.serving import chat_completions, requests
+from relseek_resources.serving import chat_completions, liveness, requests
 from relseek_resources.serving.engine import Busy, Engine, EngineError, Piece, Request, RequestError, Ticket, whole
+from relseek_resources.serving.guard import Guard, Refusal, Settings, error_of
 from relseek_resources.serving.requests import SteeringError
-from relseek_resources.serving.vectors import Registered, ServingError
 
 log = logging.getLogger(__name__)
-LOCAL = ("127.0.0.1", "::1", "localhost")
-UNCHANGED, CHANGED = 1e-4, 1e-2  # nats, and token ids that every vocabulary has, as in `endpoints.py`
-PROBE = tuple(range(10, 26))
-DRAINED = 64 << 20  # bytes of a refused body that are read and dropped, so that its sender sees the refusal
-KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Who may ask, how often and how much.
-
-    `keys`: any of them opens `/v1`; without one, the server answers this machine alone. `rate`: requests a minute for each key, or for each address
-    where there are no keys; 0 for no limit. `body`: bytes. `patience`: seconds in which a body must have come.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    keys: tuple[str, ...] = field(default=(), repr=False)
-    rate: int = 600
-    body: int = 1 << 20
-    patience: float = 30.0
-
-    def __post_init__(self) -> None:
-        if self.host not in LOCAL and not self.keys:
-            raise ServingError(f"host {self.host}: a server that others can reach needs a key; give one, or stay on 127.0.0.1")
-        if any(not key.strip() or not key.isascii() for key in self.keys):
-            raise ServingError("a key must be ASCII and not empty")
-
-
-class Refusal(Exception):
-    """An answer other than 200, in words for the client."""
-
-    def __init__(self, status: int, message: str, parameter: str | None = None, code: str | None = None, headers: dict[str, str] | None = None):
-        super().__init__(message)
-        self.status, self.parameter, self.code, self.headers = status, parameter, code, headers
-
-    def answer(self) -> JSONResponse:
-        return JSONResponse({"error": error_of(str(self), self.status, self.parameter, self.code)}, self.status, self.headers)
-
-
-def error_of(message: str, status: int, parameter: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI writes it."""
-    kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"message": message, "type": kind, "param": parameter, "code": code}
 
 
 def create_app(engine: Engine, settings: Settings | None = None, extra_routes: Sequence[BaseRoute] = ()) -> Starlette:
@@ -125,122 +77,6 @@ def run(app: Starlette, settings: Settings) -> None:
         limit_concurrency=1000,
     )
     uvicorn.Server(config).run()
-
-
-# --- before a route -----------------------------------------------------------------------------------------------------
-
-
-class Guard:
-    """Host, key, rate and size, checked before a route sees a request; what it reads is bounded in bytes and time."""
-
-    def __init__(self, app: Any, settings: Settings) -> None:
-        self.app, self.settings = app, settings
-        self.keys = [hashlib.sha256(key.encode()).digest() for key in settings.keys]
-        self.buckets = Buckets(settings.rate)
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = {name.lower(): value for name, value in scope["headers"]}
-        try:
-            self._check_host(headers)
-            payer = self._key(scope, headers)
-            if payer is not None:
-                self.buckets.take(payer)
-            body = b""
-            if scope["method"] in ("POST", "PUT", "PATCH"):
-                if scope["path"].startswith("/v1") and not headers.get(b"content-type", b"").lower().startswith(b"application/json"):
-                    raise Refusal(415, "the content type must be application/json")
-                body = await read_body(headers, receive, self.settings)
-        except Refusal as refusal:
-            await refusal.answer()(scope, receive, send)
-            return
-        except ClientDisconnect:
-            return
-        await self.app(scope, _replayed(body, receive), send)
-
-    def _check_host(self, headers: dict[bytes, bytes]) -> None:
-        """Without keys, answer this machine's own names alone: a page elsewhere could make its own name lead here."""
-        host = headers.get(b"host", b"").decode("latin-1")
-        name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
-        if not self.keys and name.strip("[]").lower() not in LOCAL:
-            raise Refusal(403, "a server without keys answers 127.0.0.1 and localhost only")
-
-    def _key(self, scope: Any, headers: dict[bytes, bytes]) -> str | None:
-        """Whose rate a request counts against; None where it is not counted."""
-        client = scope["client"][0] if scope.get("client") else ""
-        if not scope["path"].startswith("/v1"):
-            return client if scope["method"] == "POST" else None
-        if not self.keys:
-            return client
-        kind, _, key = headers.get(b"authorization", b"").partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
-        if kind.lower() != b"bearer" or not any(hmac.compare_digest(digest, known) for known in self.keys):
-            raise Refusal(401, "this server needs a key: Authorization: Bearer KEY", code="invalid_api_key", headers={"www-authenticate": "Bearer"})
-        return digest.hex()
-
-
-class Buckets:
-    """Requests a minute for each payer; a minute's worth may come at once."""
-
-    MOST = 10_000
-
-    def __init__(self, rate: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.rate, self.clock = rate, clock
-        self.held: dict[str, tuple[float, float]] = {}  # what is left, and when that was counted
-
-    def take(self, payer: str) -> None:
-        if self.rate <= 0:
-            return
-        now = self.clock()
-        left, then = self.held.pop(payer, (float(self.rate), now))
-        left = min(self.rate, left + (now - then) * self.rate / 60)
-        self.held[payer] = (left - 1 if left >= 1 else left, now)
-        if len(self.held) > self.MOST:
-            self.held.pop(next(iter(self.held)))  # the one that has not asked for longest
-        if left < 1:
-            wait = math.ceil((1 - left) * 60 / self.rate)
-            raise Refusal(429, f"more than {self.rate} requests a minute; try again in {wait} s", headers={"retry-after": str(wait)})
-
-
-async def read_body(headers: dict[bytes, bytes], receive: Callable[[], Awaitable[Any]], settings: Settings) -> bytes:
-    """The whole body.
-
-    Raises:
-        Refusal: too large, or too slow.
-        ClientDisconnect: the sender went away.
-    """
-    too_large = Refusal(413, f"the body is larger than {settings.body} bytes")
-    parts: list[bytes] = []
-    size = 0
-    try:
-        async with asyncio.timeout(settings.patience):
-            more = True
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect
-                size += len(message.get("body", b""))
-                if size <= settings.body:
-                    parts.append(message.get("body", b""))
-                elif size > DRAINED:
-                    raise too_large
-                more = message.get("more_body", False)
-    except TimeoutError:
-        raise Refusal(408, f"the body had not come after {settings.patience:g} s", headers={"connection": "close"}) from None
-    if size > settings.body:
-        raise too_large
-    return b"".join(parts)
-
-
-def _replayed(body: bytes, receive: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
-    pending = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replay() -> Any:
-        return pending.pop() if pending else await receive()
-
-    return replay
 
 
 # --- errors -------------------------------------------------------------------------------------------------------------
@@ -423,41 +259,15 @@ async def live(request: HttpRequest) -> Response:
         named = [engine.vectors.named(wanted, "vector")] if wanted is not None else list(engine.vectors.by_name.values())
     except SteeringError as error:
         raise Refusal(404, str(error)) from error
-    unsteered = await _measure(engine, "")
-    again = _distance(unsteered, await _measure(engine, ""))
-    measured = [await _measured(engine, one, unsteered) for one in named]
-    found = again is not None and again < UNCHANGED and all(one["live"] for one in measured)
-    return JSONResponse({"live": found, "unsteered_again": again, "vectors": measured, "unit": "nats"}, 200 if found else 503)
+    found = await liveness.measured(lambda interventions: _likeliest(engine, interventions), engine.vectors, named)
+    return JSONResponse(found, 200 if found["live"] else 503)
 
 
-async def _measured(engine: Engine, vector: Registered, unsteered: dict[int, float]) -> dict[str, Any]:
-    """The largest change of a log-probability at the ends of the declared range and at 0, after the middle one of the vector's blocks."""
-    blocks = list(vector.home) or sorted(engine.vectors.blocks)
-    layer, limit = blocks[len(blocks) // 2], engine.vectors.limits.dose
-    changes = {}
-    for dose in (-limit, 0.0, limit):
-        entries = requests.read([{"vector": vector.name, "layers": [layer], "multiplier": dose}], engine.vectors)
-        changes[dose] = _distance(unsteered, await _measure(engine, requests.canonical(entries)))
-    zero = not vector.at(layer).any()
-    lively = all(change is not None and (change > CHANGED if dose and not zero else change < UNCHANGED) for dose, change in changes.items())
-    return {"name": vector.name, "layer": layer, "largest_change": {f"{dose:g}": change for dose, change in changes.items()}, "live": lively}
-
-
-async def _measure(engine: Engine, steering: str) -> dict[int, float]:
+async def _likeliest(engine: Engine, interventions: list[dict[str, Any]] | None) -> dict[int, float]:
     """Log-probabilities of the likeliest next tokens, in nats, through the whole engine; empty where they are no numbers."""
+    steering = requests.canonical(requests.read(interventions or [], engine.vectors))
     try:
-        reply = await engine.reply(Request(PROBE, 1, steering, temperature=0, top_log_probs=20))
+        reply = await engine.reply(Request(liveness.PROBE, 1, steering, temperature=0, top_log_probs=20))
     except RequestError:
         return {}
     return dict(reply.tokens[0].top)
-
-
-def _distance(one: dict[int, float], other: dict[int, float]) -> float | None:
-    """The largest difference of a log-probability, None where one is no number.
-
-    A token that one of them does not hold is taken to be as likely there as its least likely one, so that the difference is at least this large.
-    """
-    if not one or not other:
-        return None
-    least_one, least_other = min(one.values()), min(other.values())
-    return max(abs(one.get(token, least_one) - other.get(token, least_other)) for token in {*one, *other})

@@ -37,7 +37,7 @@ from relseek_resources.storage import keyed_seed
 
 if TYPE_CHECKING:
     from relseek_resources.serving.engine import Engine
-    from relseek_resources.serving.server import Settings
+    from relseek_resources.serving.guard import Settings
 
 SESSION = re.compile(r"[A-Za-z0-9_-]{1,64}")
 FAILED = "no reply could be made; try again in a moment, or begin a new session"
@@ -311,7 +311,7 @@ def create_app(trial: Trial) -> Starlette:
 
     Participants prove who they are by their tokens, whose own rate limit holds; there are no other routes that a key could guard.
     """
-    from relseek_resources.serving.server import Guard, Settings
+    from relseek_resources.serving.guard import Guard, Settings
 
     app = Starlette(routes=[*trial.routes(), Route("/health", _health)])
     app.add_middleware(Guard, settings=Settings(keys=(secrets.token_hex(),), rate=0))

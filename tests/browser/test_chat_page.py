@@ -46,7 +46,8 @@ def engine(random_causal_lm: Any, byte_tokenizer: Any, tmp_path_factory: pytest.
 @pytest.fixture(scope="module")
 def url(engine: Any) -> Iterator[str]:
     from relseek_resources.serving import chat
-    from relseek_resources.serving.server import Settings, create_app
+    from relseek_resources.serving.guard import Settings
+    from relseek_resources.serving.server import create_app
     from tests.serving.sockets import listening
 
     with listening(create_app(engine, Settings(rate=0), chat.routes())) as found:
@@ -346,7 +347,9 @@ def test_a_screen_reader_hears_a_reply_once_and_whole(chat):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_no_serious_fault(chat, scheme, screenshots):
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs the package axe-playwright-python").Axe()
+    from axe_playwright_python.sync_playwright import Axe
+
+    axe = Axe()
     chat.page.emulate_media(color_scheme=scheme)
 
     def faults() -> list[tuple[str, Any]]:
@@ -384,7 +387,8 @@ def test_axe_finds_no_serious_fault(chat, scheme, screenshots):
 
 def test_an_engine_that_cannot_measure_projections_is_said_to(browser, engine):
     from relseek_resources.serving import chat as routes
-    from relseek_resources.serving.server import Settings, create_app
+    from relseek_resources.serving.guard import Settings
+    from relseek_resources.serving.server import create_app
     from tests.serving.sockets import listening
 
     context = browser.new_context()
@@ -401,7 +405,8 @@ def test_a_server_with_a_key_asks_for_it(browser, engine):
     from playwright.sync_api import expect
 
     from relseek_resources.serving import chat as routes
-    from relseek_resources.serving.server import Settings, create_app
+    from relseek_resources.serving.guard import Settings
+    from relseek_resources.serving.server import create_app
     from tests.serving.sockets import listening
 
     context = browser.new_context()

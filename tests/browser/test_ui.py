@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.xdist_group("br
 
 SITE, OTHER_SITE = "m:L01", "m:L02"
 STEPS = ("e02@-1_0", "e02@0_0", "e02@1_0", "e03@-1_0", "e03@0_0", "e03@1_0")
-GROUPS = ("sources", "dataset", "vectors", "sweeps", "judging", "selection", "reports")
+GROUPS = ("sources", "dataset", "vectors", "sweeps", "judging", "selection", "serving", "reports")
 RUN_SECONDS = 180  # a run takes about 15 on an idle machine, a backfill about 30 because its daemon looks that often
 TICK_SECONDS = 120  # two ticks, 30 apart, and what a busy machine adds
 

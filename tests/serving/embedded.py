@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -15,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import uvicorn
 
 from relseek_resources.models import SteeredModel
 from relseek_resources.serving.engine import Engine
-from relseek_resources.serving.server import Settings, create_app
+from relseek_resources.serving.guard import Settings
+from relseek_resources.serving.server import create_app
 from relseek_resources.serving.vectors import Configuration
 from relseek_resources.vector_files import write_vectors
+from tests.serving.sockets import listening
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -85,18 +84,9 @@ def serving(
     """A server of `model` on a free port, for as long as the context lasts."""
     vectors = written_vectors(folder, model.width, layers)
     files = {name: f"{name}.safetensors" for name in vectors}
-    with engine_of(model, Configuration(folder, files, {"vector": "warm"}), **options) as engine, socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(create_app(engine, settings or Settings(rate=0)), log_level="critical", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield EmbeddedServer(listening.getsockname()[1], engine, vectors)
-        finally:
-            server.should_exit = True
-            thread.join(10)
+    with engine_of(model, Configuration(folder, files, {"vector": "warm"}), **options) as engine:
+        with listening(create_app(engine, settings or Settings(rate=0)), "critical") as url:
+            yield EmbeddedServer(int(url.rpartition(":")[2]), engine, vectors)
 
 
 @contextlib.contextmanager

@@ -20,21 +20,23 @@ DOSES = Limits(dose=2.0)
 
 
 @contextlib.contextmanager
-def listening(app: Any) -> Iterator[str]:
+def listening(app: Any, log_level: str = "warning") -> Iterator[str]:
     """The application's address until the block ends."""
     import uvicorn
 
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=2))
+        server = uvicorn.Server(uvicorn.Config(app, log_level=log_level, server_header=False, timeout_graceful_shutdown=2))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         while not server.started:
             assert thread.is_alive(), "the server did not start"
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(30)
+        try:
+            yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(30)
 
 
 def two_vectors(folder: Path, width: int = 64) -> Configuration:

@@ -17,7 +17,8 @@ from relseek_assets.cli import main
 from relseek_resources.models import Add, Sampling, SteeredModel
 from relseek_resources.serving import chat as page
 from relseek_resources.serving.engine import Engine
-from relseek_resources.serving.server import Settings, create_app
+from relseek_resources.serving.guard import Settings
+from relseek_resources.serving.server import create_app
 from tests.serving.sockets import listening, two_vectors
 
 GREEDY = Sampling(temperature=0, max_new_tokens=8)

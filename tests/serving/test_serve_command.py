@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +22,13 @@ from click.testing import CliRunner
 
 from relseek_assets import serve
 from relseek_assets.selection.metrics import SELECTION
+from relseek_assets.serving import deployments
 from relseek_assets.study import StudyError, load_study
-from relseek_resources.serving.server import Settings
+from relseek_resources.serving import chat
+from relseek_resources.serving.guard import Settings
 from relseek_resources.serving.vectors import Configuration, Vectors
 from relseek_resources.storage import write_table, write_tensors
+from tests.serving.served import NEEDS_VLLM, Server
 
 SITES = ("smollm2-135m:L12", "smollm2-135m:L15")
 WIDTH = 576
@@ -120,3 +131,53 @@ def test_vllm_is_started_with_the_plugins_configuration(store: Path, monkeypatch
 def test_what_is_printed_shows_no_key(store: Path) -> None:
     text = serve.described(gathered(site=SITES[0]), Settings(keys=("secret",)), "embedded")
     assert "secret" not in text and "Bearer KEY" in text and "smollm2-135m:L12@e02" in text
+
+
+@NEEDS_VLLM
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_command_becomes_a_vllm_server_that_steers_is_recorded_and_ends_on_ctrl_c(store: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shutil.copy(Path(__file__).parents[2] / "dagster_home" / "dagster.yaml", tmp_path)
+    quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "RELSEEK_KEYS": "sesame"}
+    command = [sys.executable, "-m", "relseek_assets.cli", "serve", "quickstart", "--engine", "vllm", "--site", SITES[0], "--port", str(port)]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env={**os.environ, **quiet}, stdout=log, stderr=subprocess.STDOUT, process_group=0)
+    server = Server(port, store, tmp_path / "log", process.pid)
+    key = {"authorization": "Bearer sesame"}
+    try:
+        records = tmp_path / "store" / "quickstart" / "deployments"
+        deadline = time.monotonic() + 1200
+        while not (list(records.glob("*.json")) if records.is_dir() else []):
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-4000:]
+            time.sleep(1)
+        [record] = deployments.recorded(records.parent)
+        assert (record.engine, record.state, record.vectors[0].live) == ("vllm", "running", True)
+        assert record.vectors[0].partition == f"{SITES[0]}|e02"
+
+        status, health = server.ask("/v1/relseek/health", headers=key)
+        assert status == 200 and health["live"]
+        asked = {"model": "smollm2-135m", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 12, "temperature": 0}
+        replies = []
+        for dose in (0.0, 2.0):
+            status, answer = server.ask("/v1/chat/completions", {**asked, "custom": {"steer_multiplier": dose}}, key)
+            assert status == 200
+            replies.append(answer["choices"][0]["message"]["content"])
+        assert replies[0] != replies[1]
+        status, answer = server.ask("/v1/chat/completions", {**asked, "custom": {"steer_multiplier": 9}}, key)
+        assert status == 400 and "outside the declared range" in answer["error"]["message"]
+        status, page = server.ask("/")
+        assert status == 200 and page == chat.PAGE.read_text(encoding="utf-8")
+        assert server.ask("/v1/relseek/vectors")[0] == 401
+
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+        while deployments.recorded(records.parent)[0].state != "ended":
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import importlib.util
 import json
 import os
 import random
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +18,11 @@ import pytest
 
 from relseek_resources import models
 from relseek_resources.models import Sampling, SteeredModel
-from relseek_resources.serving.server import Buckets, Refusal, Settings
+from relseek_resources.serving.guard import Buckets, Refusal, Settings
 from relseek_resources.serving.vectors import ServingError
+from tests.serving import clients
 from tests.serving.embedded import CHAT, HELLO, EmbeddedServer, serving, steered
+from tests.serving.hostile import ask_fuzzed
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, random_causal_lm: Any, byte
 
 @pytest.fixture
 def client(server: EmbeddedServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as found:
+    with clients.client_of(server.url) as found:
         yield found
 
 
@@ -53,47 +55,26 @@ def hooked(server: EmbeddedServer, dose: float, messages: list[dict[str, str]] =
 
 
 def test_the_openai_client_talks_to_it(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == [client.models.retrieve("tiny").id] == ["tiny"]
-    asked: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 12, "temperature": 0, "logprobs": True, "top_logprobs": 2}
-    whole = client.chat.completions.create(**asked)
-    [choice] = whole.choices
-    assert choice.logprobs is not None and whole.usage is not None
-    tokens = choice.logprobs.content
-    assert b"".join(bytes(token.bytes) for token in tokens).decode(errors="replace") == choice.message.content
-    assert all(token.top_logprobs[0].logprob == token.logprob and len(token.top_logprobs) == 2 for token in tokens)
-    assert whole.usage.completion_tokens == len(tokens) + (choice.finish_reason == "stop")
-    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+    clients.check_whole_replies(client, "tiny")
+    assert client.models.retrieve("tiny").id == "tiny"
 
 
-@pytest.mark.parametrize("options", [{}, {"n": 3}, {"stop": ["e", "\n"]}, {"custom": {"steer_multiplier": -1}}, {"max_tokens": 60}])
+@pytest.mark.parametrize("options", clients.ANSWERS)
 def test_a_stream_is_the_whole_reply_in_pieces(client: openai.OpenAI, options: dict[str, Any]) -> None:
-    asked = {"model": "tiny", "messages": HELLO, "max_tokens": 16, "seed": 3, "logprobs": True, **options}
-    custom = {"extra_body": {"custom": asked.pop("custom")}} if "custom" in asked else {}
-    whole = client.chat.completions.create(**asked, **custom)
-    texts, finished, tokens = [""] * len(whole.choices), [""] * len(whole.choices), [[] for _ in whole.choices]
-    usage = None
-    for chunk in client.chat.completions.create(**asked, **custom, stream=True, stream_options={"include_usage": True}):
-        usage = chunk.usage or usage
-        for choice in chunk.choices:
-            texts[choice.index] += choice.delta.content or ""
-            tokens[choice.index] += choice.logprobs.content if choice.logprobs else []
-            finished[choice.index] += choice.finish_reason or ""
-    assert texts == [choice.message.content for choice in whole.choices]
-    assert finished == [choice.finish_reason for choice in whole.choices]
-    assert [[one.bytes for one in found] for found in tokens] == [[one.bytes for one in choice.logprobs.content] for choice in whole.choices]
-    assert usage == whole.usage
+    clients.check_stream(client, "tiny", options)
 
 
 def test_curl_talks_to_it(server: EmbeddedServer) -> None:
-    body = json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": 8, "temperature": 0, "custom": {"steer_multiplier": 0.5}})
-    command = ["curl", "-sS", "--max-time", "20", server.url + CHAT, "-H", "content-type: application/json", "-d", body]
-    plain = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    assert plain["choices"][0]["message"]["content"] == hooked(server, 0.5)
-    streamed = body[:-1] + ', "stream": true}'
-    lines = subprocess.run([*command[:-1], streamed], capture_output=True, check=True).stdout.decode().split("\n\n")
-    assert lines[-2:] == ["data: [DONE]", ""]
-    pieces = [json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content", "") for line in lines[:-2]]
-    assert "".join(pieces) == hooked(server, 0.5)
+    clients.check_curl(server.url, "tiny", hooked(server, 0.5), 0.5)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("inspect_ai") is None, reason="inspect_ai is not installed")
+def test_inspect_talks_to_it(server: EmbeddedServer, tmp_path: Path) -> None:
+    asked = [[{"role": "user", "content": content}] for content in ("Say yes.", "Hello")]
+    for way in ({"custom": {"steer_multiplier": 0.5}}, steered({"vector": "warm", "multiplier": 0.5})):
+        folder = tmp_path / next(iter(way))
+        folder.mkdir()
+        assert clients.inspect_replies(server.url, "tiny", way, folder) == [hooked(server, 0.5, turns, 12) for turns in asked]
 
 
 # --- steering -----------------------------------------------------------------------------------------------------------
@@ -317,73 +298,8 @@ def test_what_is_not_there_is_said_in_openais_shape(server: EmbeddedServer, path
 
 # --- whatever comes -----------------------------------------------------------------------------------------------------
 
-WRONG = [
-    None,
-    True,
-    -1,
-    0,
-    1e308,
-    10**400,
-    float("nan"),
-    float("inf"),
-    "",
-    "x",
-    "\ud800",
-    "[" * 2000,
-    [],
-    [[]],
-    {},
-    {"a": {}},
-    [None] * 50,
-    "\0",
-    "../../x",
-]
-
-
-def fuzzed(rng: random.Random) -> bytes:
-    """A body that is wrong in one place or several."""
-    body: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2, "temperature": 0}
-    one: dict[str, Any] = {"vector": "warm", "multiplier": 1}
-    for _ in range(rng.choice([1, 1, 2, 3])):
-        place, value = rng.randrange(7), rng.choice(WRONG)
-        names = ["model", "messages", "max_tokens", "temperature", "top_p", "n", "seed", "stop", "stream", "logprobs", "top_logprobs", "custom"]
-        if place < 3:
-            body[rng.choice([*names, "vllm_xargs", "tools", "x"])] = value
-        elif place == 3 and isinstance(body["messages"], list):
-            body["messages"] = [*body["messages"], rng.choice([value, {"role": value, "content": "x"}, {"role": "user", "content": value}])]
-        elif place == 4:
-            one[rng.choice(["vector", "layers", "multiplier", "mode", "threshold", "strength"])] = value
-        elif place == 5:
-            body["vllm_xargs"] = {"relseek": rng.choice([json.dumps([one]), [one], value, json.dumps(value)])}
-        else:
-            body["custom"] = rng.choice([{"steer_multiplier": value}, value])
-    content = json.dumps(body).encode()
-    cut = rng.random()
-    if cut < 0.1:
-        return content[: rng.randrange(len(content))]
-    return bytes(rng.randbytes(20)) + content if cut < 0.15 else content
-
-
-def ask_fuzzed(server: EmbeddedServer, seeds: range) -> dict[int, int]:
-    counts: dict[int, int] = {}
-
-    def ask(seed: int) -> int:
-        head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n"
-        content = fuzzed(random.Random(seed))
-        answer = server.raw(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
-        status = int(answer.split(b" ", 2)[1])
-        assert status in (200, 400, 404), (content[:300], answer[:500])
-        assert b"Traceback" not in answer and (status == 200 or b'"error"' in answer)
-        return status
-
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        for status in pool.map(ask, seeds):
-            counts[status] = counts.get(status, 0) + 1
-    return counts
-
-
 def test_three_hundred_malformed_bodies_are_refused_and_the_next_one_is_answered(server: EmbeddedServer) -> None:
-    counts = ask_fuzzed(server, range(300))
+    counts = ask_fuzzed(server.port, "tiny", range(300))
     assert counts[400] > 150 and counts[200] > 5
     assert reply(server, custom={"steer_multiplier": 1}) == hooked(server, 1)
 
@@ -393,10 +309,10 @@ def test_memory_is_steady_over_two_thousand_malformed_requests(server: EmbeddedS
     import psutil
 
     process = psutil.Process(os.getpid())
-    ask_fuzzed(server, range(10_000, 10_500))
+    ask_fuzzed(server.port, "tiny", range(10_000, 10_500))
     server.ask(CHAT, b"x" * (50 << 20))
     first = process.memory_info().rss
-    ask_fuzzed(server, range(10_500, 12_000))
+    ask_fuzzed(server.port, "tiny", range(10_500, 12_000))
     assert server.ask(CHAT, b"x" * (50 << 20))[0] == 413
     assert process.memory_info().rss < 1.05 * first
     assert reply(server, custom={"steer_multiplier": 1}) == hooked(server, 1)

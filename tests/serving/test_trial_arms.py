@@ -446,7 +446,8 @@ def on_the_engine(random_causal_lm: Any, byte_tokenizer: Any, tmp_path: Path) ->
     """The trial's routes beside the embedded engine's own: the allocation, its tokens, the log and the address."""
     from relseek_resources.models import SteeredModel
     from relseek_resources.serving.engine import Engine
-    from relseek_resources.serving.server import Settings, create_app
+    from relseek_resources.serving.guard import Settings
+    from relseek_resources.serving.server import create_app
     from relseek_resources.serving.trial_chat import engine_routes
     from tests.serving.sockets import listening, two_vectors
 
@@ -483,7 +484,7 @@ def test_on_the_engine_each_arm_is_its_dose_and_the_wire_does_not_say_which(on_t
 
 
 def test_a_server_without_a_key_runs_no_trial(on_the_engine, tmp_path):
-    from relseek_resources.serving.server import Settings
+    from relseek_resources.serving.guard import Settings
     from relseek_resources.serving.trial_chat import engine_routes
 
     with pytest.raises(ArmsError, match="needs a key"):

@@ -1,0 +1,1 @@
+"""Stage 3: what is deployed of a study's vectors."""

@@ -1,0 +1,178 @@
+"""The manifests are valid Kubernetes, agree with one another, and the router keeps conversations where their beginning is cached."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from relseek_resources.serving.vectors import Configuration
+from tests.serving.embedded import HELLO, EmbeddedServer, serving
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+KUBERNETES = DEPLOY / "kubernetes"
+VERSIONS = ("1.29", "1.37")
+NEEDS_NGINX = pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed; `make test` installs it")
+
+
+def manifests() -> list[tuple[str, dict[str, Any]]]:
+    resources = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["resources"]
+    files = [KUBERNETES / name for name in (*resources, "secret.example.yaml")]
+    return [(file.name, one) for file in files for one in yaml.safe_load_all(file.read_text())]
+
+
+def of_kind(kind: str, name: str) -> dict[str, Any]:
+    [found] = [one for _, one in manifests() if (one["kind"], one["metadata"]["name"]) == (kind, name)]
+    return found
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_manifest_is_what_kubernetes_takes(version: str) -> None:
+    kinds = {one["kind"] for _, one in manifests()}
+    assert {"StatefulSet", "Deployment", "Service", "PodDisruptionBudget", "Secret", "PersistentVolumeClaim", "NetworkPolicy"} <= kinds
+    for _, one in manifests():
+        kubernetes_validate.validate(one, version, strict=True)
+    misspelt = of_kind("StatefulSet", "vllm")
+    misspelt["spec"]["template"]["spec"]["containers"][0]["readinesProbe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError, match="readinesProbe"):
+        kubernetes_validate.validate(misspelt, version, strict=True)
+
+
+def test_manifests_select_mount_and_refer_to_what_there_is() -> None:
+    made = {(one["kind"], one["metadata"]["name"]) for _, one in manifests()}
+    generated = {("ConfigMap", one["name"]) for one in yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["configMapGenerator"]}
+    workloads = [of_kind("StatefulSet", "vllm"), of_kind("Deployment", "router")]
+    labels = [one["spec"]["template"]["metadata"]["labels"] for one in workloads]
+    for one in workloads:
+        pod = one["spec"]["template"]["spec"]
+        assert one["spec"]["selector"]["matchLabels"] == one["spec"]["template"]["metadata"]["labels"]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        mounted = {mount["name"] for container in (*pod["containers"], *pod.get("initContainers", ())) for mount in container["volumeMounts"]}
+        assert mounted == volumes.keys()
+        for volume in volumes.values():
+            assert "configMap" not in volume or ("ConfigMap", volume["configMap"]["name"]) in generated
+            assert "persistentVolumeClaim" not in volume or ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]) in made
+        for container in pod["containers"]:
+            assert re.fullmatch(r"[\w/.-]+:[\w.-]*\d[\w.-]*", container["image"]), "a pinned version"
+            secrets = {source["secretRef"]["name"] for source in container.get("envFrom", ())}
+            assert all(("Secret", name) in made for name in secrets)
+    for _, one in manifests():
+        if one["kind"] in ("Service", "PodDisruptionBudget"):
+            selector = one["spec"]["selector"]
+            assert selector.get("matchLabels", selector) in labels, one["metadata"]["name"]
+
+
+def test_the_plugin_reads_the_configuration_and_workers_are_as_many_as_gpus() -> None:
+    steering = json.loads((KUBERNETES / "steering.json").read_text())["relseek"]
+    configuration = Configuration.from_json(steering)
+    [vllm] = of_kind("StatefulSet", "vllm")["spec"]["template"]["spec"]["containers"]
+    assert configuration.folder is not None and configuration.default is not None
+    assert str(configuration.folder) in {mount["mountPath"] for mount in vllm["volumeMounts"]}
+    command = " ".join(vllm["args"])
+    assert re.search(r"--tensor-parallel-size (\d+)", command)[1] == vllm["resources"]["limits"]["nvidia.com/gpu"]  # type: ignore[index]
+    environment = {one["name"]: one["value"] for one in vllm["env"]}
+    assert environment["VLLM_PLUGINS"] == "relseek" and environment["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    assert "/v1/relseek/health" in vllm["readinessProbe"]["exec"]["command"][-1]
+
+
+def test_the_routers_ring_names_every_replica() -> None:
+    spec = of_kind("StatefulSet", "vllm")["spec"]
+    there = re.findall(r"server (vllm-\d+)\.vllm\.relseek\.svc", (KUBERNETES / "nginx.conf").read_text())
+    assert there == [f"vllm-{number}" for number in range(spec["replicas"])] and spec["serviceName"] == "vllm"
+
+
+# --- the router, with two servers of this machine -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def router(folder: Path, ports: tuple[int, int]) -> Iterator[str]:
+    """nginx with deploy/two_replicas.conf, its ports replaced by the test's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (folder / "kubernetes").mkdir()
+    shared = (KUBERNETES / "router.conf").read_text()
+    assert shared.count("listen 8080;") == 1
+    (folder / "kubernetes" / "router.conf").write_text(shared.replace("listen 8080;", f"listen 127.0.0.1:{port};"))
+    text = (DEPLOY / "two_replicas.conf").read_text().replace("/tmp/relseek-router.pid", str(folder / "pid"))
+    for written, mine in zip(("8001", "8002"), ports, strict=True):
+        text = text.replace(f"127.0.0.1:{written}", f"127.0.0.1:{mine}")
+    (folder / "two_replicas.conf").write_text(text)
+    process = subprocess.Popen(["nginx", "-p", str(folder), "-c", "two_replicas.conf"], stdout=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 20
+        while True:
+            with contextlib.suppress(OSError):
+                assert urllib.request.urlopen(f"{url}/router").read() == b"ok\n"
+                break
+            assert process.poll() is None and time.monotonic() < deadline, "nginx did not start"
+            time.sleep(0.05)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def replica(url: str, session: str) -> str:
+    """The name of the replica that answers a session."""
+    asked = urllib.request.Request(f"{url}/v1/models", headers={"x-session-id": session})
+    return str(json.loads(urllib.request.urlopen(asked, timeout=30).read())["data"][0]["id"])
+
+
+@NEEDS_NGINX
+def test_a_conversation_stays_with_its_replica_until_that_one_is_gone(random_causal_lm: Any, byte_tokenizer: Any, tmp_path: Path) -> None:
+    from relseek_resources.models import SteeredModel
+
+    def started(stack: contextlib.ExitStack, name: str) -> EmbeddedServer:
+        (tmp_path / name).mkdir()
+        model = SteeredModel(random_causal_lm("llama"), byte_tokenizer)
+        return stack.enter_context(serving(model, tmp_path / name, name=name))
+
+    sessions = [f"conversation-{number}" for number in range(40)]
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        one, two = started(first, "one"), started(second, "two")
+        with router(tmp_path, (one.port, two.port)) as url:
+            before = {session: replica(url, session) for session in sessions}
+            assert {session: replica(url, session) for session in reversed(sessions)} == before
+            share = list(before.values()).count("one") / len(sessions)
+            assert 0.2 < share < 0.8, "both have their part"
+
+            # a streamed, steered turn through the router, from the replica that the session belongs to
+            session = next(session for session in sessions if before[session] == "two")
+            body = {"model": "two", "messages": HELLO, "max_tokens": 8, "temperature": 0, "custom": {"steer_multiplier": 1.0}}
+            headers = {"content-type": "application/json", "x-session-id": session}
+            asked = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps({**body, "stream": True}).encode(), headers)
+            events = [line for line in urllib.request.urlopen(asked, timeout=30).read().splitlines() if line]
+            assert events[-1] == b"data: [DONE]" and len(events) > 3
+            _, own, _ = two.ask("/v1/chat/completions", body)
+            deltas = [json.loads(event.removeprefix(b"data: "))["choices"][0]["delta"].get("content") or "" for event in events[:-1]]
+            assert "".join(deltas) == own["choices"][0]["message"]["content"]
+
+            first.close()
+            after = {session: replica(url, session) for session in sessions}
+            assert set(after.values()) == {"two"}, "nobody is refused, and those of the other stay where they were"
+
+
+@NEEDS_NGINX
+def test_vectors_are_not_registered_with_one_replica_behind_the_routers_back(random_causal_lm: Any, byte_tokenizer: Any, tmp_path: Path) -> None:
+    from relseek_resources.models import SteeredModel
+
+    with serving(SteeredModel(random_causal_lm("llama"), byte_tokenizer), tmp_path) as only, router(tmp_path, (only.port, only.port)) as url:
+        asked = urllib.request.Request(f"{url}/v1/relseek/vectors", b"{}", {"content-type": "application/json"})
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(asked, timeout=30)
+        assert "warm" in urllib.request.urlopen(f"{url}/v1/relseek/vectors", timeout=30).read().decode()
