@@ -298,6 +298,7 @@ def test_what_is_not_there_is_said_in_openais_shape(server: EmbeddedServer, path
 
 # --- whatever comes -----------------------------------------------------------------------------------------------------
 
+
 def test_three_hundred_malformed_bodies_are_refused_and_the_next_one_is_answered(server: EmbeddedServer) -> None:
     counts = ask_fuzzed(server.port, "tiny", range(300))
     assert counts[400] > 150 and counts[200] > 5
