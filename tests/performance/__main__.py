@@ -29,7 +29,8 @@ def main(wanted: list[str]) -> None:
         for comparison in AREAS[name].comparisons():
             print(comparison.line(), flush=True)
             found.append(comparison)
-    save(found)
+    if found:  # what is not installed has nothing to say
+        save(found)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from relseek_resources.vector_files import write_vectors
 from tests.performance.comparison import Comparison, machine
 
 WIDTH, BLOCKS = 576, 30
-ROUNDS, REQUESTS, TOKENS = int(os.environ.get("RELSEEK_VLLM_ROUNDS", "24")), 16, 24
-MANY, MANY_TOKENS, MANY_ROUNDS = 256, 6, 8
+ROUNDS, REQUESTS, TOKENS = 20, 16, 24
+MANY, MANY_TOKENS, MANY_ROUNDS = 256, 6, 6
 CONFIGURATIONS = (8, 32, 256)
 LENGTH = 20.0  # of a vector; the stream's own after block 14 is about 100
 TARGET, TARGET_MANY = 0.97, 0.9
@@ -139,7 +139,7 @@ class Engine:
     """An engine in a process of its own; see `vllm_engine`."""
 
     process: subprocess.Popen[str]
-    bursts: int = field(default=0)
+    bursts: int = 0
 
     def ready(self, steering: Sequence[Steering], tokens: int) -> Way:
         return lambda: self.ask({"steering": list(steering), "tokens": tokens})

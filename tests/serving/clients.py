@@ -80,11 +80,12 @@ def check_curl(url: str, model: str, expected: str, dose: float) -> None:
 
 
 def inspect_replies(url: str, model: str, steering: dict[str, Any], folder: Path) -> list[str]:
-    """The replies to both samples of a task that Inspect's OpenAI provider ran."""
+    """The replies to both samples of a task that Inspect's OpenAI-compatible provider ran. At /v1/responses it drops `extra_body`: chats, then."""
     task = folder / "task.py"
     task.write_text(INSPECT_TASK.format(steering=steering))
-    environment = {**os.environ, "OPENAI_API_KEY": "none", "OPENAI_BASE_URL": f"{url}/v1", "INSPECT_LOG_FORMAT": "json"}
-    command = [sys.executable, "-m", "inspect_ai", "eval", task.name, "--model", f"openai/{model}", "--log-dir", "logs", "--display", "none"]
+    environment = {**os.environ, "RELSEEK_API_KEY": "none", "RELSEEK_BASE_URL": f"{url}/v1", "INSPECT_LOG_FORMAT": "json"}
+    chat = ["--model", f"openai-api/relseek/{model}", "-M", "responses_api=false"]
+    command = [sys.executable, "-m", "inspect_ai", "eval", task.name, *chat, "--log-dir", "logs", "--display", "none"]
     subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=600)
     [log] = (folder / "logs").glob("*.json")
     content = json.loads(log.read_text())
