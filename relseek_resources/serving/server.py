@@ -76,7 +76,8 @@ def run(app: Starlette, settings: Settings) -> None:
         timeout_graceful_shutdown=5,
         limit_concurrency=1000,
     )
-    uvicorn.Server(config).run()
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again when all is closed
+        uvicorn.Server(config).run()
 
 
 # --- errors -------------------------------------------------------------------------------------------------------------
