@@ -87,8 +87,8 @@ class ReferenceGrid:
             if dose is not None:
                 chosen &= self._points["category"] == dose
         else:
-            wanted = [self._mean_dose] if dose is None else list(dose) if isinstance(dose, tuple) else [dose]
-            chosen &= np.isin(self._points["dose"], wanted)
+            wanted = self._mean_dose if dose is None else dose
+            chosen &= np.isin(self._points["dose"], np.atleast_1d(np.asarray(wanted, dtype=float)))
         for name, level in at.items():
             if level is not None and name != "time":
                 chosen &= self._points[name] == level
