@@ -46,6 +46,12 @@ class Arm:
     layers: tuple[int, ...] | None = None
 
     @property
+    def logged(self) -> dict[str, Any]:
+        """The arm as each turn of the log has it."""
+        layers = None if self.layers is None else list(self.layers)
+        return {"arm": self.name, "vector": self.vector, "vector_sha256": self.sha256, "layers": layers, "multiplier": self.multiplier}
+
+    @property
     def steering(self) -> list[dict[str, Any]]:
         """The arm as a request asks for it (`requests.read`)."""
         blocks = {} if self.layers is None else {"layers": list(self.layers)}
@@ -81,6 +87,12 @@ class Allocation:
     arm_of: Mapping[str, str]
     tokens: Mapping[str, str]
     conduct: Conduct = Conduct()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what sets this allocation apart from any other: arms, participants, tokens. Conduct may be mended meanwhile."""
+        content = {name: value for name, value in _content(self).items() if name != "conduct"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def participant(self, token: Any) -> Participant | None:
         """Whoever the token was given to, None for any other."""

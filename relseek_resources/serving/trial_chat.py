@@ -74,7 +74,10 @@ class Trial:
         """Take up every conversation of the log.
 
         Args:
-            log: of this allocation; what participants said whom it does not know is left alone.
+            log: of this allocation, or an empty one.
+
+        Raises:
+            ArmsError: a turn of the log was spoken under another allocation, whose participants may have the same names.
         """
         self.allocation, self.speaker, self.log = allocation, speaker, log
         self._said: dict[tuple[str, str], list[Message]] = {}
@@ -82,7 +85,9 @@ class Trial:
         self._speaking: dict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
         self._writing = asyncio.Lock()
         self._recent: dict[str, deque[float]] = defaultdict(deque)
+        self._digest = allocation.digest
         for turn in log.turns:
+            self._check_own(turn)
             self._remember(turn)
 
     def routes(self) -> list[Route]:
@@ -130,8 +135,9 @@ class Trial:
             error = f"{type(fault).__name__}: {fault}"[:2000]
         finished = time.monotonic()
         turn = {
+            "allocation": self._digest,
             "participant": participant.name,
-            "arm": arm.name,
+            **arm.logged,
             "session": session,
             "turn": number,
             "status": "ok" if error is None else "failed",
@@ -140,10 +146,6 @@ class Trial:
             "error": error,
             "system": conduct.system,
             "model": self.speaker.model,
-            "vector": arm.vector,
-            "vector_sha256": arm.sha256,
-            "layers": None if arm.layers is None else list(arm.layers),
-            "multiplier": arm.multiplier,
             "temperature": conduct.temperature,
             "top_p": conduct.top_p,
             "max_tokens": conduct.max_tokens,
@@ -158,6 +160,17 @@ class Trial:
             await asyncio.to_thread(self.log.append, turn)
         self._remember(turn)
         return turn
+
+    def _check_own(self, turn: Mapping[str, Any]) -> None:
+        """Refuse a turn that this allocation's participant cannot have spoken in their arm."""
+        name = turn["participant"]
+        where = f"{self.log.file}: turn {turn['turn']} of {name}"
+        if name not in self.allocation.arm_of:
+            raise ArmsError(f"{where}: this trial has no such participant; begin another log with --conversations")
+        due = {**self.allocation.arms[self.allocation.arm_of[name]].logged, "allocation": self._digest}
+        other = [field for field, value in due.items() if turn[field] != value]
+        if other:
+            raise ArmsError(f"{where}: spoken under another allocation ({', '.join(other)}); begin another log with --conversations")
 
     def _remember(self, turn: Mapping[str, Any]) -> None:
         key = (turn["participant"], turn["session"])

@@ -21,6 +21,7 @@ STATUSES = ("ok", "failed")  # a failed turn has no reply and is no part of the 
 TURNS = TableSchema(
     "trial_turns",
     (
+        Column("allocation", "string", "SHA-256 of arms, participants and hashed tokens: which arms file allocated the participant"),
         Column("participant", "string", "who spoke, as the arms file names them"),
         Column("arm", "string", "the participant's arm"),
         Column("session", "string", "the conversation"),

@@ -6,6 +6,7 @@ import asyncio
 import collections
 import contextlib
 import csv
+import dataclasses
 import hashlib
 import json
 import os
@@ -377,6 +378,39 @@ def test_a_damaged_line_before_the_last_is_not_passed_over(tmp_path):
     for read in (read_turns, TurnLog):
         with pytest.raises(StorageError, match="line 1: not valid JSON"):
             read(file)
+
+
+@pytest.mark.parametrize(
+    "another",
+    [
+        lambda old: allocated("quickstart", ARMS, 10, [5], 7)[0],  # a pilot's: the same arms for the same names, other people
+        lambda old: allocated("quickstart", ARMS, 10, [5], 8)[0],
+        lambda old: dataclasses.replace(old, arm_of={name: arm for name, arm in old.arm_of.items() if name != "p001"}),
+        lambda old: dataclasses.replace(old, arms={name: dataclasses.replace(arm, layers=(3,)) for name, arm in old.arms.items()}),
+        lambda old: dataclasses.replace(old, arms={name: dataclasses.replace(arm, sha256="0" * 64) for name, arm in old.arms.items()}),
+    ],
+)
+def test_a_log_of_another_allocation_is_not_taken_up(trial, another):
+    trial.say("p001", "one", session="s")
+    trial.log.close()
+    trial.log = TurnLog(trial.file)
+    with pytest.raises(ArmsError, match="turn 1 of p001: .*begin another log"):
+        Trial(another(trial.allocation), Scripted(), trial.log)
+    mended = dataclasses.replace(trial.allocation, conduct=Conduct(per_minute=5))
+    assert Trial(mended, Scripted(), trial.log)
+
+
+def test_a_turn_in_another_arm_is_not_taken_up(trial):
+    trial.say("p001", "one", session="s")
+    trial.log.close()
+    for field, value in (("arm", "arm9"), ("multiplier", 9.0), ("vector_sha256", "0" * 64), ("layers", [3])):
+        file = trial.file.with_name(f"{field}.jsonl")
+        file.write_text(json.dumps({**json.loads(trial.file.read_text()), field: value}) + "\n")
+        log = TurnLog(file)
+        with pytest.raises(ArmsError, match=rf"another allocation \({field}\)"):
+            Trial(trial.allocation, Scripted(), log)
+        log.close()
+    trial.log = TurnLog(trial.file)
 
 
 def test_two_servers_do_not_write_one_log(trial):
