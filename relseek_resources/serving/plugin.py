@@ -16,7 +16,7 @@ vLLM's settings by which tokens reach a block in another order, or blocks are re
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
@@ -28,6 +28,7 @@ from relseek_resources.serving.vectors import Configuration, ServingError, Vecto
 
 ASKED = "relseek"  # in vllm_xargs, what the client writes; under additional_config, the server's configuration
 STEERED = "relseek_steering"  # in extra_args, the canonical form that a worker reads; a client may not write it
+OTHERS = ("session_id",)  # in vllm_xargs, what vLLM itself reads
 
 # Blocks that return (hidden, residual) with the stream as their sum. Another kind may scale or norm what it returns.
 DEFERRED = {
@@ -97,6 +98,7 @@ def _unsupported(vllm_config: Any) -> list[tuple[bool, str]]:
 # --- the front end ------------------------------------------------------------------------------------------------------
 
 _offered: dict[str, Vectors | None] = {}  # what this process's server offers, for the request classes, which know no server
+_processors: list[Any] = []  # vLLM's custom logits processors, which read words of their own in vllm_xargs
 
 
 def _set_up_front_end(original: Callable[..., None], self: Any, vllm_config: Any, *arguments: Any, **options: Any) -> None:
@@ -104,6 +106,7 @@ def _set_up_front_end(original: Callable[..., None], self: Any, vllm_config: Any
     configuration = configured(vllm_config)
     text = vllm_config.model_config.hf_text_config
     self.relseek_vectors = _offered["vectors"] = Vectors(configuration, text.num_hidden_layers, text.hidden_size) if configuration else None
+    _processors[:] = vllm_config.model_config.logits_processors or []
     if configuration and vllm_config.parallel_config._api_process_count > 1:
         raise ServingError("relseek steers no server with several front-end processes (--api-server-count): one alone knows what is registered")
     _prepare_request_classes()
@@ -138,6 +141,8 @@ def asked(extra: dict[str, Any], vectors: Vectors | None) -> str:
     """
     if STEERED in extra:
         raise SteeringError(f"vllm_xargs.{STEERED} is the server's own; ask in vllm_xargs.{ASKED}")
+    if word := misread(extra, ASKED):
+        raise SteeringError(f"vllm_xargs: unknown {requests.shown(word)}; ask in vllm_xargs.{ASKED}")
     if ASKED not in extra:
         return ""
     if vectors is None:
@@ -146,6 +151,31 @@ def asked(extra: dict[str, Any], vectors: Vectors | None) -> str:
     if isinstance(wanted, dict):  # put there by `_with_custom`
         wanted = requests.read_custom(wanted.get("custom"), vectors)
     return requests.canonical(requests.read(wanted, vectors))
+
+
+def misread(words: Mapping[str, Any], *known: str) -> str:
+    """The first word that speaks of steering and that nobody reads, empty for none."""
+    return next((word for word in words if word not in known and any(part in word.lower() for part in ("relseek", "steer"))), "")
+
+
+def check_words(beside: Mapping[str, Any], xargs: Mapping[str, Any], vectors: Vectors | None, processors: Sequence[Any] = ()) -> None:
+    """Refuse what vLLM would drop without a word, so that a misspelt request is not answered by the plain model.
+
+    Args:
+        beside: the fields of a body that vLLM does not know.
+        xargs: what the client wrote into `vllm_xargs`.
+        vectors: None on a server that steers nobody, where other words are nobody's business.
+        processors: custom logits processors, whose words cannot be told from misspelt ones.
+
+    Raises:
+        SteeringError: naming the word.
+    """
+    held = (word for name, value in beside.items() if name != "custom" and isinstance(value, Mapping) for word in value)
+    if word := misread(beside) or next((word for word in held if word in (ASKED, "steer_multiplier")), ""):
+        raise SteeringError(f"{word[:100]}: write it into vllm_xargs.{ASKED}, as JSON text, or into custom.steer_multiplier")
+    unknown = sorted(set(xargs) - {ASKED, STEERED, *OTHERS})
+    if unknown and vectors is not None and not processors:
+        raise SteeringError(f"vllm_xargs: unknown {', '.join(map(requests.shown, unknown[:5]))}; steering is asked for in vllm_xargs.{ASKED}")
 
 
 def check_text(said: Any) -> None:
@@ -175,16 +205,16 @@ def _prepare_request_classes() -> None:
 def _with_custom(original: Callable[..., Any], self: Any, *arguments: Any, **options: Any) -> Any:
     from vllm.exceptions import VLLMValidationError
 
+    xargs = dict(self.vllm_xargs or {})  # before vLLM adds words of its own to it
     params = original(self, *arguments, **options)
     beside = self.model_extra or {}
-    if ASKED in beside:
-        raise VLLMValidationError(f"{ASKED}: write it into vllm_xargs, as JSON text", parameter=ASKED)
     if beside.get("custom") is not None:
         if ASKED in (params.extra_args or {}):
             raise VLLMValidationError(f"steering is asked for twice, in custom and in vllm_xargs.{ASKED}", parameter="custom")
         params.extra_args = {**(params.extra_args or {}), ASKED: {"custom": beside["custom"]}}
     try:
         check_text([params.stop, params.extra_args])
+        check_words(beside, xargs, _offered.get("vectors"), _processors)
         asked(params.extra_args or {}, _offered.get("vectors"))
         requests.check_salt(self.cache_salt)
     except SteeringError as error:
@@ -195,7 +225,8 @@ def _with_custom(original: Callable[..., Any], self: Any, *arguments: Any, **opt
 def _without_steering(original: Callable[..., Any], self: Any, *arguments: Any, **options: Any) -> Any:
     from vllm.exceptions import VLLMValidationError
 
-    if ASKED in (self.vllm_xargs or {}) or {"custom", ASKED} & set(self.model_extra or {}):
+    beside, xargs = self.model_extra or {}, self.vllm_xargs or {}
+    if ASKED in xargs or "custom" in beside or misread(beside) or misread(xargs):
         raise VLLMValidationError("steering: beam search cannot be steered", parameter="use_beam_search")
     return original(self, *arguments, **options)
 

@@ -159,15 +159,21 @@ def test_what_cannot_be_met_is_refused_and_says_so(server: Server, interventions
         ("/v1/chat/completions", {"use_beam_search": True, "n": 2, "custom": {"steer_multiplier": 1}}, "beam search"),
         ("/v1/chat/completions", {"custom": {"steer_multiplier": 1}, "vllm_xargs": {"relseek": "[]"}}, "twice"),
         ("/v1/chat/completions", {"vllm_xargs": {"relseek_steering": "[]"}}, "the server's own"),
+        ("/v1/chat/completions", {"vllm_xargs": {"steer_multiplier": 1.5}}, "unknown 'steer_multiplier'"),
+        ("/v1/chat/completions", {"vllm_xargs": {"relseeks": "[]"}}, "unknown 'relseeks'"),
+        ("/v1/chat/completions", {"vllm_xarg": {"relseek": "[]"}}, "write it into vllm_xargs"),
+        ("/v1/chat/completions", {"steer_multiplier": 1.5}, "write it into vllm_xargs"),
         ("/v1/chat/completions", {"cache_salt": "relseek:1"}, "the server's own"),
         ("/v1/chat/completions", {"stop": ["\ud800"]}, "surrogate"),
         ("/v1/chat/completions", {"vllm_xargs": {"x": "\ud800"}}, "surrogate"),
         ("/v1/messages", {"custom": {"steer_multiplier": 1}}, "cannot be steered"),
         ("/tokenize", {"vllm_xargs": {"relseek": "[]"}}, "cannot be steered"),
+        ("/invocations", b'{"vllm_xargs": {"\\u0072elseek": "[]"}}', "cannot be steered"),
     ],
 )
-def test_no_way_of_asking_is_dropped_without_a_word(server: Server, path: str, more: dict[str, Any], says: str) -> None:
-    body = {"model": "smollm2", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2, **more}
+def test_no_way_of_asking_is_dropped_without_a_word(server: Server, path: str, more: Any, says: str) -> None:
+    chat = {"model": "smollm2", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
+    body = more if isinstance(more, bytes) else {**chat, **more}
     status, answer = server.ask(path, body)
     assert status == 400, answer
     assert says in answer["error"]["message"]
