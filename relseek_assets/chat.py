@@ -70,7 +70,7 @@ class Served:
         opening = [{"role": "system", "content": self.system}] if self.system else []
         asked = {"role": "user", "content": text}
         seed = keyed_seed(self.seed, "chat", len(self.turns)) >> 32
-        steering = [{"vector": self.vector["name"], "multiplier": multiplier}] if self.vector and multiplier else []
+        steering = [{"vector": self.vector["name"], "sha256": self.vector["sha256"], "multiplier": multiplier}] if self.vector and multiplier else []
         pieces: list[str] = []
         tokens: int | None = None
         start, first = time.monotonic(), None

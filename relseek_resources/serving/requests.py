@@ -11,7 +11,8 @@ A request is a JSON list of interventions, each an object:
     {"vector": "accent", "mode": "ablate", "strength": 1}                              the share of the projection that is taken out
 
 They work in the order given, each on what the one before it left, at every token of prompt and reply. Without `layers` a vector works after the
-blocks that its file names.
+blocks that its file names. Any of them may also say `"sha256"`, that of the vector's file: a server that offers another content under the name
+refuses it, so that whoever logs the hash knows what replied.
 """
 
 from __future__ import annotations
@@ -127,10 +128,12 @@ def _entries(one: Any, where: str, vectors: Vectors) -> list[Entry]:
     mode = one.get("mode", "add")
     if not isinstance(mode, str) or mode not in MODES:
         raise SteeringError(f"{where}: mode {shown(mode)}; there is {', '.join(MODES)}")
-    unknown = sorted(set(one) - {"vector", "layers", "mode", NUMBER_OF[mode]})
+    unknown = sorted(set(one) - {"vector", "sha256", "layers", "mode", NUMBER_OF[mode]})
     if unknown:
-        raise SteeringError(f"{where}: unknown {', '.join(map(shown, unknown))}; mode {mode} takes vector, layers and {NUMBER_OF[mode]}")
+        raise SteeringError(f"{where}: unknown {', '.join(map(shown, unknown))}; mode {mode} takes vector, sha256, layers and {NUMBER_OF[mode]}")
     vector = vectors.named(one.get("vector"), where)
+    if "sha256" in one and one["sha256"] != vector.sha256:
+        raise SteeringError(f"{where}: vector {vector.name!r} has the sha256 {vector.sha256} here, and {shown(one['sha256'])} was asked for")
     layers = vectors.layers(vector, one.get("layers"), where)
     values = _values(one, mode, len(layers), where, vectors.limits)
     if mode != "add":

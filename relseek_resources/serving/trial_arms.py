@@ -36,7 +36,7 @@ class ArmsError(StorageError):
 class Arm:
     """What participants of an arm talk to: λ times a vector that the server offers, after the blocks of its file unless others are given.
 
-    `sha256` is of the vector's file: a server that offers another content under the name refuses to start.
+    `sha256` is of the vector's file: a server that offers another content under the name refuses to start, and every request says it again.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Arm:
     def steering(self) -> list[dict[str, Any]]:
         """The arm as a request asks for it (`requests.read`)."""
         blocks = {} if self.layers is None else {"layers": list(self.layers)}
-        return [{"vector": self.vector, "multiplier": self.multiplier, **blocks}]
+        return [{"vector": self.vector, "sha256": self.sha256, "multiplier": self.multiplier, **blocks}]
 
 
 @dataclass(frozen=True)

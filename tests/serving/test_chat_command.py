@@ -67,6 +67,14 @@ def test_each_line_is_answered_by_the_server_at_its_own_dose(server, engine, tin
     assert all("first token after" in note and "tokens in" in note for note in notes)
 
 
+def test_a_vector_that_was_exchanged_behind_its_name_does_not_answer(server, engine):
+    talk = served(server)
+    assert talk.vector is not None
+    talk.vector["sha256"] = "0" * 64  # as the server listed it when the conversation began
+    written, notes = heard(talk, "Hello || 1", "Hello || 0")
+    assert "was asked for" in notes[0] and len(talk.turns) == 1 and talk.turns[0]["multiplier"] == 0 and written.strip()
+
+
 def test_a_study_in_this_process_and_a_server_of_the_same_vector_answer_alike(server, engine, tiny_llama):
     vector = engine.vectors.by_name["cold"].at(2)
     session = steer.Session(tiny_llama, {2: vector}, 2, steer.Strengths(scale=1.0), GREEDY)

@@ -69,6 +69,16 @@ def test_requests_that_steer_alike_are_one_text_and_others_are_not(vectors: Vect
     assert text(first, second) != text(second, first)
 
 
+def test_a_request_may_say_which_content_it_means(vectors: Vectors) -> None:
+    one, many = vectors.by_name["one"], vectors.by_name["many"]
+    for mode in ({"multiplier": 1}, {"mode": "floor", "threshold": 1}, {"mode": "ablate"}):
+        assert read([{"vector": "one", "sha256": one.sha256, **mode}], vectors) == read([{"vector": "one", **mode}], vectors)
+        with pytest.raises(SteeringError, match=f"sha256 {one.sha256} here, and '{many.sha256[:20]}.* was asked for"):
+            read([{"vector": "one", "sha256": many.sha256, **mode}], vectors)
+    with pytest.raises(SteeringError, match="was asked for"):  # also where nothing is done
+        read([{"vector": "one", "sha256": many.sha256, "multiplier": 0}], vectors)
+
+
 def test_nothing_to_do_is_the_empty_text(vectors: Vectors) -> None:
     idle = [{"vector": "one", "multiplier": -0.0}, {"vector": "one", "multiplier": 1e-60}, {"vector": "many", "mode": "ablate", "strength": 0}]
     assert canonical(read(idle, vectors)) == canonical(read("[]", vectors)) == ""
@@ -93,6 +103,8 @@ def test_the_canonical_text_says_all_that_is_done(vectors: Vectors, doses: list[
         ([{}], "no vector None"),
         ([{"vector": ["one"]}], "no vector list"),
         ([{"vector": "two"}], "there is many, one, zero"),
+        ([{"vector": "one", "sha256": "0" * 64}], "was asked for"),
+        ([{"vector": "one", "sha256": None}], "and None was asked for"),
         ([{"vector": "one", "multiplier": float("nan")}], "outside the declared range -20 to 20"),
         ([{"vector": "one", "multiplier": float("inf")}], "outside"),
         ([{"vector": "one", "multiplier": 10**400}], "an integer of more than 20 digits"),
@@ -103,7 +115,7 @@ def test_the_canonical_text_says_all_that_is_done(vectors: Vectors, doses: list[
         ([{"vector": "one", "mode": "floor", "threshold": 1e5}], "-10000 to 10000"),
         ([{"vector": "many", "mode": "ceiling", "threshold": [1, 2]}], "2 thresholds for 3 layers"),
         ([{"vector": "one", "mode": "ablate", "strength": 1.1}], "0 to 1"),
-        ([{"vector": "one", "mode": "floor", "multiplier": 1}], "mode floor takes vector, layers and threshold"),
+        ([{"vector": "one", "mode": "floor", "multiplier": 1}], "mode floor takes vector, sha256, layers and threshold"),
         ([{"vector": "one", "mode": "cap"}], "there is add, floor, ceiling, ablate"),
         ([{"vector": "one", "mode": ["add"]}], "mode list"),
         ([{"vector": "zero", "mode": "floor", "threshold": 1}], "is zero"),

@@ -182,7 +182,7 @@ def test_each_participant_is_steered_as_allocated_and_continues_where_they_left_
         second = trial.say(who, "And now?", session=first["session"]).json()
         assert (first["turn"], second["turn"]) == (1, 2)
         messages, steering, _ = trial.speaker.asked[-1]
-        assert steering == [{"vector": "secretvector", "multiplier": trial.allocation.arms[arm].multiplier}]
+        assert steering == [{"vector": "secretvector", "sha256": SHA, "multiplier": trial.allocation.arms[arm].multiplier}]
         assert [one["role"] for one in messages] == ["system", "user", "assistant", "user"] and messages[2]["content"] == "reply 2 ends"
     turns = read_turns(trial.log.file)
     assert dict(zip(turns["participant"], turns["arm"], strict=True)) == trial.allocation.arm_of
@@ -545,6 +545,28 @@ def test_the_trial_alone_stands_before_a_server_that_replies(on_the_engine, tmp_
         assert requests.get(f"{before}/v1/relseek/vectors").status_code in (401, 404)
     assert (read_turns(log.file)["status"] == "ok").all()
     log.close()
+
+
+def test_another_vector_behind_the_name_ends_in_failed_turns(on_the_engine, tmp_path):
+    """The server that replies was replaced under a running trial: nothing may be logged as a reply of the planned vector."""
+    import openai
+
+    from relseek_resources.serving.trial_chat import EngineSpeaker, ServerSpeaker
+
+    allocation, tokens, _, url, engine = on_the_engine
+    arms = {name: dataclasses.replace(arm, sha256="0" * 64) for name, arm in allocation.arms.items()}
+    planned = dataclasses.replace(allocation, arms=arms)
+    for name, speaker in (
+        ("engine", EngineSpeaker(engine)),
+        ("server", ServerSpeaker(openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="sesame", max_retries=0), "tiny")),
+    ):
+        log = TurnLog(tmp_path / f"{name}.jsonl")
+        with TestClient(Starlette(routes=Trial(planned, speaker, log).routes())) as client:
+            statuses = [client.post("/trial/chat", json={"token": tokens[who], "message": "Hello"}).status_code for who in planned.arm_of]
+        turns = read_turns(log.file)
+        assert statuses == [503] * 3 and set(turns["multiplier"]) == {-1, 0, 1}
+        assert (turns["status"] == "failed").all() and turns["error"].str.contains("sha256").all()
+        log.close()
 
 
 def test_the_commands_make_an_allocation_once_and_balanced(on_the_engine, tmp_path):
