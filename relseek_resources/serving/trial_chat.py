@@ -14,6 +14,7 @@ Every arm is answered in the same form, with the same headers and the same words
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import math
 import re
@@ -21,6 +22,7 @@ import secrets
 import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -42,7 +44,32 @@ if TYPE_CHECKING:
 SESSION = re.compile(r"[A-Za-z0-9_-]{1,64}")
 FAILED = "no reply could be made; try again in a moment, or begin a new session"
 
+WHOLE = ("stop", "length")  # how a reply ends that the model, or the trial's own limit, brought to its end
+
 Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a speaker is to reply to: the conversation, its new message last, steered as `requests.read` understands it."""
+
+    messages: Sequence[Message]
+    steering: Sequence[Mapping[str, Any]]
+    conduct: Conduct
+    seed: int
+    conversation: str  # the same for every turn of a conversation; does not tell whose it is
+
+
+@dataclass(frozen=True)
+class Said:
+    """What has been added to a reply. `finish_reason` is given with the last piece, in OpenAI's words."""
+
+    text: str
+    finish_reason: str | None = None
+
+
+class CutOff(Exception):
+    """A reply that broke off."""
 
 
 class Speaker(Protocol):
@@ -50,8 +77,8 @@ class Speaker(Protocol):
 
     model: str
 
-    def reply(self, messages: Sequence[Message], steering: Sequence[Mapping[str, Any]], conduct: Conduct, seed: int) -> AsyncIterator[str]:
-        """The reply to `messages`, piece by piece, steered as `requests.read` understands it. Any exception is a failed turn."""
+    def reply(self, ask: Ask) -> AsyncIterator[Said]:
+        """The reply, piece by piece. Any exception is a failed turn, and so is a reply without an end of its own (`WHOLE`)."""
         ...
 
 
@@ -124,13 +151,19 @@ class Trial:
         seed = keyed_seed(self.allocation.seed, "reply", participant.name, session, number) >> 11  # whole as a float, too
         arrived = datetime.now(UTC).timestamp() - (time.monotonic() - received)
         opening = [{"role": "system", "content": conduct.system}] if conduct.system else []
+        ask = Ask([*opening, *said, message], arm.steering, conduct, seed, self._conversation(participant, session))
         pieces: list[str] = []
         first: float | None = None
+        finish_reason: str | None = None
         error: str | None = None
         try:
-            async for piece in self.speaker.reply([*opening, *said, message], arm.steering, conduct, seed):
-                first = first if first is not None else time.monotonic()
-                pieces.append(piece)
+            async for piece in self.speaker.reply(ask):
+                if piece.text:
+                    first = first if first is not None else time.monotonic()
+                    pieces.append(piece.text)
+                finish_reason = piece.finish_reason or finish_reason
+            if finish_reason not in WHOLE:
+                raise CutOff(f"the reply broke off with the finish_reason {finish_reason}")
         except Exception as fault:  # whatever it is, the participant may not see it: its words may name the arm
             error = f"{type(fault).__name__}: {fault}"[:2000]
         finished = time.monotonic()
@@ -144,6 +177,7 @@ class Trial:
             "message": message["content"],
             "reply": "".join(pieces) if error is None else None,
             "error": error,
+            "finish_reason": finish_reason,
             "system": conduct.system,
             "model": self.speaker.model,
             "temperature": conduct.temperature,
@@ -160,6 +194,9 @@ class Trial:
             await asyncio.to_thread(self.log.append, turn)
         self._remember(turn)
         return turn
+
+    def _conversation(self, participant: Participant, session: str) -> str:
+        return hashlib.sha256(json.dumps([self._digest, participant.name, session]).encode()).hexdigest()
 
     def _check_own(self, turn: Mapping[str, Any]) -> None:
         """Refuse a turn that this allocation's participant cannot have spoken in their arm."""
@@ -266,16 +303,15 @@ class EngineSpeaker:
     def __init__(self, engine: Engine) -> None:
         self.engine, self.model = engine, engine.name
 
-    async def reply(self, messages: Sequence[Message], steering: Sequence[Mapping[str, Any]], conduct: Conduct, seed: int) -> AsyncIterator[str]:
+    async def reply(self, ask: Ask) -> AsyncIterator[Said]:
         from relseek_resources.serving.engine import Request as Asked
 
-        wanted = requests.canonical(requests.read(list(steering), self.engine.vectors))
-        prompt = await asyncio.to_thread(self.engine.prompt, list(messages))
-        asked = Asked(prompt, conduct.max_tokens, wanted, conduct.temperature, conduct.top_p, seed)
-        [ticket] = self.engine.submit([asked])
+        wanted = requests.canonical(requests.read(list(ask.steering), self.engine.vectors))
+        prompt = await asyncio.to_thread(self.engine.prompt, list(ask.messages))
+        conduct = ask.conduct
+        [ticket] = self.engine.submit([Asked(prompt, conduct.max_tokens, wanted, conduct.temperature, conduct.top_p, ask.seed)])
         async for piece in ticket:
-            if piece.text:
-                yield piece.text
+            yield Said(piece.text, piece.finished or None)
 
 
 class ServerSpeaker:
@@ -285,21 +321,22 @@ class ServerSpeaker:
         """`client`: an `openai.AsyncOpenAI`."""
         self.client, self.model = client, model
 
-    async def reply(self, messages: Sequence[Message], steering: Sequence[Mapping[str, Any]], conduct: Conduct, seed: int) -> AsyncIterator[str]:
+    async def reply(self, ask: Ask) -> AsyncIterator[Said]:
         events = await self.client.chat.completions.create(
             model=self.model,
-            messages=list(messages),
-            temperature=conduct.temperature,
-            top_p=conduct.top_p,
-            max_tokens=conduct.max_tokens,
-            seed=seed,
+            messages=list(ask.messages),
+            temperature=ask.conduct.temperature,
+            top_p=ask.conduct.top_p,
+            max_tokens=ask.conduct.max_tokens,
+            seed=ask.seed,
             stream=True,
-            extra_body={"vllm_xargs": {"relseek": json.dumps(list(steering))}},
+            extra_headers={"x-session-id": ask.conversation},
+            extra_body={"vllm_xargs": {"relseek": json.dumps(list(ask.steering))}},
         )
         async with events:
             async for event in events:
-                if event.choices and event.choices[0].delta.content:
-                    yield event.choices[0].delta.content
+                if event.choices:
+                    yield Said(event.choices[0].delta.content or "", event.choices[0].finish_reason)
 
 
 # --- servers ------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,12 @@ TURNS = TableSchema(
         Column("message", "string", "what the participant wrote"),
         Column("reply", "string", "what the model answered", nullable=True),
         Column("error", "string", "why there was no reply; the participant is not told", nullable=True),
+        Column(
+            "finish_reason",
+            "string",
+            "how the reply ended; stop or length where it is whole",
+            nullable=True,
+        ),
         Column("system", "string", "the system prompt, empty for none"),
         Column("model", "string", "the model, as the server names it"),
         Column("vector", "string", "the vector, as the server names it"),

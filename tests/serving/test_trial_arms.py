@@ -36,7 +36,7 @@ from relseek_resources.serving.trial_arms import (
     read_allocation,
     write_once,
 )
-from relseek_resources.serving.trial_chat import Trial
+from relseek_resources.serving.trial_chat import Ask, Said, ServerSpeaker, Trial
 from relseek_resources.serving.trial_log import TurnLog, read_turns
 from relseek_resources.storage import StorageError
 
@@ -50,18 +50,20 @@ class Scripted:
     model = "secretmodel"
 
     def __init__(self) -> None:
-        self.asked: list[tuple[list[dict[str, str]], list[dict[str, Any]], int]] = []
+        self.asked: list[Ask] = []
+        self.finish_reason: str | None = "stop"
         self.fault: Exception | None = None
         self.hold: asyncio.Event | None = None
 
-    async def reply(self, messages: Any, steering: Any, conduct: Conduct, seed: int) -> AsyncIterator[str]:
-        self.asked.append((list(messages), list(steering), seed))
+    async def reply(self, ask: Ask) -> AsyncIterator[Said]:
+        self.asked.append(ask)
         if self.fault is not None:
             raise self.fault
-        yield f"reply {len(messages)}"
+        yield Said(f"reply {len(ask.messages)}")
         if self.hold is not None:
             await self.hold.wait()
-        yield " ends"
+        yield Said(" ends")
+        yield Said("", self.finish_reason)
 
 
 class Served:
@@ -181,7 +183,7 @@ def test_each_participant_is_steered_as_allocated_and_continues_where_they_left_
         first = trial.say(who, "Hello").json()
         second = trial.say(who, "And now?", session=first["session"]).json()
         assert (first["turn"], second["turn"]) == (1, 2)
-        messages, steering, _ = trial.speaker.asked[-1]
+        messages, steering = trial.speaker.asked[-1].messages, trial.speaker.asked[-1].steering
         assert steering == [{"vector": "secretvector", "sha256": SHA, "multiplier": trial.allocation.arms[arm].multiplier}]
         assert [one["role"] for one in messages] == ["system", "user", "assistant", "user"] and messages[2]["content"] == "reply 2 ends"
     turns = read_turns(trial.log.file)
@@ -198,13 +200,13 @@ def test_a_conversation_goes_on_after_a_restart(trial):
         "sessions": [{"session": session, "messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "reply 2 ends"}]}]
     }
     assert trial.say("p001", "Still there?", session=session).json()["turn"] == 2
-    assert [one["content"] for one in trial.speaker.asked[-1][0]] == ["Be brief.", "Hello", "reply 2 ends", "Still there?"]
+    assert [one["content"] for one in trial.speaker.asked[-1].messages] == ["Be brief.", "Hello", "reply 2 ends", "Still there?"]
 
 
 def test_participants_do_not_reach_each_others_conversations(trial):
     session = trial.say("p001", "a secret").json()["session"]
     trial.say("p002", "Hello", session=session)
-    assert "a secret" not in json.dumps(trial.speaker.asked[-1][0])
+    assert "a secret" not in json.dumps(trial.speaker.asked[-1].messages)
     assert "a secret" not in trial.client.post("/trial/history", json={"token": trial.tokens["p002"]}).text
 
 
@@ -284,7 +286,7 @@ def test_two_messages_of_one_conversation_are_answered_one_after_the_other(tmp_p
         assert [answer["turn"] for answer in await asyncio.gather(*said)] == [1, 2]
 
     asyncio.run(both())
-    assert [one["content"] for one in speaker.asked[1][0]] == ["one", "reply 1 ends", "two"]
+    assert [one["content"] for one in speaker.asked[1].messages] == ["one", "reply 1 ends", "two"]
     log.close()
 
 
@@ -351,7 +353,53 @@ def test_a_failed_turn_is_no_part_of_the_conversation(trial):
     assert trial.say("p001", "lost", session="s").status_code == 503
     trial.speaker.fault = None
     assert trial.say("p001", "found", session="s").json()["turn"] == 2
-    assert [one["content"] for one in trial.speaker.asked[-1][0]] == ["Be brief.", "found"]
+    assert [one["content"] for one in trial.speaker.asked[-1].messages] == ["Be brief.", "found"]
+
+
+@pytest.mark.parametrize("ended", ["abort", "content_filter", None])
+def test_a_reply_that_broke_off_is_a_failed_turn(trial, ended):
+    trial.speaker.finish_reason = ended
+    assert trial.say("p001", "Hello", session="s").status_code == 503
+    [turn] = read_turns(trial.log.file).to_dict("records")
+    assert turn["status"] == "failed" and turn["reply"] is None and f"finish_reason {ended}" in turn["error"]
+    assert turn["finish_reason"] == ended
+    for whole in ("stop", "length"):
+        trial.speaker.finish_reason = whole
+        assert trial.say("p001", "Hello", session=whole).status_code == 200
+        assert read_turns(trial.log.file)["finish_reason"].iloc[-1] == whole
+
+
+@pytest.mark.parametrize("ended", ["stop", "length", "abort", None])
+def test_a_server_that_aborts_a_reply_has_not_replied(tmp_path, ended):
+    """The server streams half a reply and then says how it ended, as vLLM does where a request is aborted."""
+    import openai
+    from starlette.responses import StreamingResponse
+    from starlette.routing import Route
+
+    from tests.serving.sockets import listening
+
+    sessions = []
+
+    async def reply(request: Any) -> StreamingResponse:
+        sessions.append(request.headers["x-session-id"])
+        choices = [{"index": 0, "delta": {"content": "Half a"}, "finish_reason": None}, {"index": 0, "delta": {}, "finish_reason": ended}]
+        events = [{"id": "x", "object": "chat.completion.chunk", "created": 0, "model": "m", "choices": [one]} for one in choices]
+        lines = [f"data: {json.dumps(one)}\n\n" for one in events] + ["data: [DONE]\n\n"]
+        return StreamingResponse(iter(lines), media_type="text/event-stream")
+
+    allocation, tokens = allocated("quickstart", ARMS, 5, [5], 7)
+    log = TurnLog(tmp_path / "log.jsonl")
+    with listening(Starlette(routes=[Route("/v1/chat/completions", reply, methods=["POST"])])) as url:
+        speaker = ServerSpeaker(openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0), "m")
+        with TestClient(Starlette(routes=Trial(allocation, speaker, log).routes())) as client:
+            for who, session in (("p001", "a"), ("p001", "a"), ("p001", "b"), ("p002", "a")):
+                client.post("/trial/chat", json={"token": tokens[who], "message": "Hello", "session": session})
+    turns = read_turns(log.file)
+    log.close()
+    whole = ended in ("stop", "length")
+    assert set(turns["status"]) == {"ok" if whole else "failed"} and list(turns["reply"].dropna()) == ["Half a"] * 4 * whole
+    assert set(turns["finish_reason"]) == {ended}
+    assert sessions[0] == sessions[1] and len(set(sessions)) == 3 and not any(name in one for one in sessions for name in ("p001", "p002"))
 
 
 # --- the log ------------------------------------------------------------------------------------------------------------
@@ -530,7 +578,7 @@ def test_the_trial_alone_stands_before_a_server_that_replies(on_the_engine, tmp_
     import openai
     import requests
 
-    from relseek_resources.serving.trial_chat import ServerSpeaker, create_app
+    from relseek_resources.serving.trial_chat import create_app
     from tests.serving.sockets import listening
 
     allocation, tokens, _, url, _ = on_the_engine
@@ -551,7 +599,7 @@ def test_another_vector_behind_the_name_ends_in_failed_turns(on_the_engine, tmp_
     """The server that replies was replaced under a running trial: nothing may be logged as a reply of the planned vector."""
     import openai
 
-    from relseek_resources.serving.trial_chat import EngineSpeaker, ServerSpeaker
+    from relseek_resources.serving.trial_chat import EngineSpeaker
 
     allocation, tokens, _, url, engine = on_the_engine
     arms = {name: dataclasses.replace(arm, sha256="0" * 64) for name, arm in allocation.arms.items()}
