@@ -1,6 +1,6 @@
 """What the vLLM plugin checks before vLLM's own routes see a request: a key wherever something is done, and no steering where it would be dropped.
 
-Here belong the ASGI layers of the plugin; the plugin's own routes are in `endpoints.py`, and what a request may say where it can be steered in `plugin.py`.
+Here belong the ASGI layers of the plugin; its own routes are in `endpoints.py`, and what a request may say where it can be steered in `plugin.py`.
 This module needs no vLLM.
 """
 

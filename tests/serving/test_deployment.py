@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
+import http.server
 import json
 import re
 import shutil
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +98,21 @@ def test_the_routers_ring_names_every_replica() -> None:
     assert there == [f"vllm-{number}" for number in range(spec["replicas"])] and spec["serviceName"] == "vllm"
 
 
+def test_keyless_servers_of_one_machine_are_not_offered_to_others() -> None:
+    """The router's requests come from this machine, so that a server without keys answers them whoever sent them."""
+    listens = {name: re.findall(r"listen (\S+);", (DEPLOY / name).read_text()) for name in ("two_replicas.conf", "kubernetes/nginx.conf")}
+    assert listens == {"two_replicas.conf": ["127.0.0.1:8080"], "kubernetes/nginx.conf": ["8080"]}
+    assert not any(
+        "listen" in line for name in ("router.conf", "routes.conf") for line in (KUBERNETES / name).read_text().splitlines() if "#" not in line
+    )
+
+
+def test_every_file_that_nginx_includes_is_in_the_configmap() -> None:
+    [router] = [one for one in yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["configMapGenerator"] if one["name"] == "router"]
+    included = re.findall(r"include /etc/nginx/relseek/(\S+);", (KUBERNETES / "nginx.conf").read_text())
+    assert sorted(router["files"]) == sorted(["nginx.conf", *included]) and all((KUBERNETES / name).is_file() for name in router["files"])
+
+
 # --- the router, with two servers of this machine -----------------------------------------------------------------------
 
 
@@ -104,10 +123,11 @@ def router(folder: Path, ports: tuple[int, int]) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (folder / "kubernetes").mkdir()
-    shared = (KUBERNETES / "router.conf").read_text()
-    assert shared.count("listen 8080;") == 1
-    (folder / "kubernetes" / "router.conf").write_text(shared.replace("listen 8080;", f"listen 127.0.0.1:{port};"))
+    for name in ("router.conf", "routes.conf"):
+        shutil.copy(KUBERNETES / name, folder / "kubernetes")
     text = (DEPLOY / "two_replicas.conf").read_text().replace("/tmp/relseek-router.pid", str(folder / "pid"))
+    assert text.count("listen 127.0.0.1:8080;") == 1
+    text = text.replace("127.0.0.1:8080", f"127.0.0.1:{port}")
     for written, mine in zip(("8001", "8002"), ports, strict=True):
         text = text.replace(f"127.0.0.1:{written}", f"127.0.0.1:{mine}")
     (folder / "two_replicas.conf").write_text(text)
@@ -176,3 +196,46 @@ def test_vectors_are_not_registered_with_one_replica_behind_the_routers_back(ran
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(asked, timeout=30)
         assert "warm" in urllib.request.urlopen(f"{url}/v1/relseek/vectors", timeout=30).read().decode()
+
+
+@contextlib.contextmanager
+def everything_is_here() -> Iterator[tuple[int, list[str]]]:
+    """A server that answers every path, and the requests that reached it."""
+    came: list[str] = []
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            came.append(f"{self.command} {self.path}")
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        do_POST = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1], came
+        server.shutdown()
+
+
+@NEEDS_NGINX
+def test_the_router_passes_what_a_key_guards_and_nothing_else(tmp_path: Path) -> None:
+    closed = ["/", "/invocations", "/scale_elastic_ep", "/tokenize", "/metrics", "/load", "/v1", "/v2/x", "/docs", "//invocations"]
+    closed += ["/v1/../invocations", "/v1/%2e%2e/invocations", "/v1/..%2finvocations", "/v1/./../invocations", "/V1/models", "/inference/v1/generate"]
+    opened = ["/v1/models", "/v1/chat/completions", "/v1/relseek/health"]
+    with everything_is_here() as (port, came), router(tmp_path, (port, port)) as url:
+        address = urllib.parse.urlsplit(url).netloc
+
+        def status(method: str, path: str) -> int:
+            with contextlib.closing(http.client.HTTPConnection(address, timeout=30)) as connection:
+                connection.request(method, path, b"{}" if method == "POST" else None)  # as it is written: urllib would tidy it
+                return connection.getresponse().status
+
+        for method in ("GET", "POST"):
+            assert {path: status(method, path) for path in closed if status(method, path) not in (301, 404)} == {}
+        assert came == []
+        assert [status(method, path) for method in ("GET", "POST") for path in opened] == [200] * 6 == [200] * len(came)
