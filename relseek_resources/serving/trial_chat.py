@@ -110,7 +110,6 @@ class Trial:
         self._said: dict[tuple[str, str], list[Message]] = {}
         self._turns: dict[tuple[str, str], int] = defaultdict(int)
         self._speaking: dict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._writing = asyncio.Lock()
         self._recent: dict[str, deque[float]] = defaultdict(deque)
         self._digest = allocation.digest
         for turn in log.turns:
@@ -156,6 +155,7 @@ class Trial:
         first: float | None = None
         finish_reason: str | None = None
         error: str | None = None
+        ending: asyncio.CancelledError | None = None
         try:
             async for piece in self.speaker.reply(ask):
                 if piece.text:
@@ -166,6 +166,8 @@ class Trial:
                 raise CutOff(f"the reply broke off with the finish_reason {finish_reason}")
         except Exception as fault:  # whatever it is, the participant may not see it: its words may name the arm
             error = f"{type(fault).__name__}: {fault}"[:2000]
+        except asyncio.CancelledError as fault:
+            ending, error = fault, "the server ended before the reply was whole"
         finished = time.monotonic()
         turn = {
             "allocation": self._digest,
@@ -190,8 +192,12 @@ class Trial:
             "seconds_to_first_token": None if first is None else round(first - received, 6),
             "seconds": round(finished - received, 6),
         }
-        async with self._writing:
-            await asyncio.to_thread(self.log.append, turn)
+        if ending is not None:
+            self.log.append(turn)  # at once: the event loop is closing
+            self._remember(turn)
+            raise ending
+        # a turn that is being written is written, though the loop be closing; it may not be left half done
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, self.log.append, turn))
         self._remember(turn)
         return turn
 
@@ -226,8 +232,7 @@ class Trial:
                 if participant is None:
                     raise Refused(403, "not allowed")
                 self._count(participant, received)
-                # what a participant said is answered and logged whether or not the connection holds
-                return JSONResponse(await asyncio.shield(asyncio.ensure_future(action(participant, content, received))))
+                return JSONResponse(await action(participant, content, received))
             except Refused as refused:
                 return refused.response()
             except Exception:  # a log that cannot be written, too: nothing about it is for a participant's eyes

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ TURNS = TableSchema(
 
 
 class TurnLog:
-    """The log of a running server, the only one that writes it. Blocking: call it from a thread.
+    """The log of a running server, the only one that writes it. Blocking, and safe to call from several threads.
 
     A line that was being written when the machine stopped was answered to nobody. It is moved to FILE.torn when the log is opened next, so that
     every reader finds whole lines.
@@ -70,6 +71,7 @@ class TurnLog:
             StorageError: it cannot be written, another server writes it, or a line before the last is damaged.
         """
         self.file = file
+        self._writing = threading.Lock()
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             self._stream = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
@@ -93,15 +95,16 @@ class TurnLog:
             StorageError: it could not be written; the log is as it was.
         """
         line = (json.dumps({name: turn[name] for name in TURNS.names}, ensure_ascii=False, allow_nan=False) + "\n").encode()
-        size = os.fstat(self._stream).st_size
-        try:
-            written = os.write(self._stream, line)
-            if written < len(line):
-                raise OSError(28, "no space left on the device")
-            os.fsync(self._stream)
-        except OSError as error:
-            os.ftruncate(self._stream, size)
-            raise StorageError(f"{self.file}: not written ({error.strerror})") from error
+        with self._writing:
+            size = os.fstat(self._stream).st_size
+            try:
+                written = os.write(self._stream, line)
+                if written < len(line):
+                    raise OSError(28, "no space left on the device")
+                os.fsync(self._stream)
+            except OSError as error:
+                os.ftruncate(self._stream, size)
+                raise StorageError(f"{self.file}: not written ({error.strerror})") from error
 
     def close(self) -> None:
         os.close(self._stream)

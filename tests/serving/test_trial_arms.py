@@ -14,8 +14,9 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -480,6 +481,43 @@ def test_a_reply_that_cannot_be_logged_is_not_given(trial, monkeypatch):
     assert answer.status_code == 503 and "reply 4" not in answer.text
     assert trial.log.file.read_bytes() == before
     assert trial.say("p001", "three", session="s").json()["turn"] == 2
+
+
+def ended_while(trial: Any, under_way: Callable[[], bool]) -> list[dict[str, Any]]:
+    """The log after a server's event loop ended while p001's message was being answered."""
+
+    async def server() -> None:
+        running = Trial(trial.allocation, trial.speaker, trial.log)
+        participant = trial.allocation.participant(trial.tokens["p001"])
+        answering = asyncio.create_task(running.chat(participant, {"message": "Are you there?", "session": "s"}, time.monotonic()))
+        while not under_way():
+            await asyncio.sleep(0.01)
+        assert not answering.done()
+
+    asyncio.run(server())  # cancels what still runs, as at Ctrl-C
+    return read_turns(trial.log.file).to_dict("records")
+
+
+def test_a_message_under_way_when_the_server_ends_is_in_the_log(trial):
+    trial.speaker.hold = asyncio.Event()
+    [turn] = ended_while(trial, lambda: bool(trial.speaker.asked))
+    assert (turn["status"], turn["message"], turn["reply"]) == ("failed", "Are you there?", None) and "server ended" in turn["error"]
+    trial.restart()
+    assert trial.say("p001", "Are you there?", session="s").json()["turn"] == 2
+
+
+def test_a_turn_that_is_being_written_when_the_server_ends_is_written_once(trial, monkeypatch):
+    writing, real = threading.Event(), os.write
+
+    def slow(descriptor: int, content: bytes) -> int:
+        if b"Are you there" in content:
+            writing.set()
+            time.sleep(0.3)
+        return real(descriptor, content)
+
+    monkeypatch.setattr("relseek_resources.serving.trial_log.os.write", slow)
+    [turn] = ended_while(trial, writing.is_set)
+    assert (turn["status"], turn["reply"]) == ("ok", "reply 2 ends")
 
 
 def test_every_reply_was_synced_before_it_was_sent(trial, monkeypatch):
