@@ -9,6 +9,9 @@ asked; nothing is taken to run because it once did.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import http.client
 import json
 import os
 import socket
@@ -16,7 +19,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +53,7 @@ SERVED_MODELS = TableSchema(
         Column(
             "state",
             "string",
-            "what it said when it was last asked: `running` with this very vector; `locked`: somebody answers and RELSEEK_KEY does not open; "
+            "what it said when it was last asked: `running` with this very vector; `locked`: somebody answers and RELSEEK_KEY has never opened; "
             "`silent`; `replaced`: another server, or one without this vector, answers there; `ended`: its process is gone",
             choices=STATES,
         ),
@@ -118,6 +121,24 @@ def record_file(folder: Path, deployment: str) -> Path:
     return folder / "deployments" / f"{deployment}.json"
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The records of a study for this process alone, to read and write without another one's words getting lost in between."""
+    (folder / "deployments").mkdir(parents=True, exist_ok=True)
+    with (folder / "deployments" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def end(folder: Path, deployment: str) -> Deployment:
+    """Record that a deployment's process is gone."""
+    path = record_file(folder, deployment)
+    with locked(folder):
+        ended = replace(read(path), state=ENDED)
+        write(path, ended)
+    return ended
+
+
 def write(path: Path, deployment: Deployment) -> None:
     write_text(path, json.dumps(asdict(deployment), indent=1) + "\n")
 
@@ -144,16 +165,18 @@ def recorded(folder: Path) -> list[Deployment]:
 
 
 def get(address: str, path: str, key: str | None, patience: float) -> tuple[int | None, Any]:
-    """Status and JSON of a server's answer; status None where nobody answers."""
+    """Status and JSON of a server's answer; status None where nobody answers, or breaks off."""
     asked = urllib.request.Request(address + path, headers={"authorization": f"Bearer {key}"} if key else {})
     loopback = urllib.parse.urlsplit(address).hostname in LOCAL
     opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if loopback else []))
     try:
-        with opener.open(asked, timeout=patience) as answer:
+        try:
+            answer = opener.open(asked, timeout=patience)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
             status, content = answer.status, answer.read()
-    except urllib.error.HTTPError as error:
-        status, content = error.code, error.read()
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return None, None
     try:
         return status, json.loads(content)
@@ -174,9 +197,11 @@ def asked(deployment: Deployment, key: str | None, measure: bool = False) -> Dep
     status, content = get(deployment.address, "/v1/relseek/vectors", key, QUICK)
     if status is None or status >= 500:
         return replace(deployment, state=SILENT)
-    if status in (401, 403):
-        return replace(deployment, state=LOCKED, last_seen=now())
-    there = offered(content)
+    if status in (401, 403):  # whoever has the key may have been let in; without it nothing is known against that
+        return replace(deployment, state=RUNNING if deployment.state == RUNNING else LOCKED, last_seen=now())
+    if status not in (200, 404):  # too many requests, say: somebody is there who will not talk now
+        return deployment
+    there = offered(content) if status == 200 else {}
     if any(there.get(vector.name) != vector.sha256 for vector in deployment.vectors):
         return replace(deployment, state=REPLACED)
     vectors = tuple(replace(vector, live=_live(deployment, vector, key)) for vector in deployment.vectors) if measure else deployment.vectors
@@ -188,25 +213,37 @@ def _live(deployment: Deployment, vector: ServedVector, key: str | None) -> bool
     return bool(content["live"]) if status in (200, 503) and isinstance(content, dict) and "live" in content else None
 
 
-def look(folder: Path, key: str | None = None, measure: bool = False) -> list[Deployment]:
+def look(folder: Path, key: str | None = None, measure: bool = False, only: str | None = None) -> list[Deployment]:
     """Ask every server that has not ended and that this machine can reach, keep what it says, and return those that say something new.
 
     Args:
         key: of the servers; RELSEEK_KEY unless given.
+        only: the one deployment to ask, whose key a witness has; all unless given.
     """
     key, changed, there = key or os.environ.get(KEY), [], recorded(folder)
-    last = {(one.machine, one.address): one.deployment for one in there}
+    last = {(one.machine, one.address): one.deployment for one in there if one.state not in (ENDED, REPLACED)}
     for before in there:
-        if before.state in (ENDED, REPLACED) or not before.reachable:
+        if before.state in (ENDED, REPLACED) or not before.reachable or only not in (None, before.deployment):
             continue
         superseded = last[before.machine, before.address] != before.deployment
         after = replace(before, state=REPLACED) if superseded else asked(before, key, measure)
-        path = record_file(folder, before.deployment)
-        if after != before and read(path).state != ENDED:  # its witness may have said so while we asked
-            write(path, after)
-            if replace(after, last_seen=before.last_seen) != before:
-                changed.append(after)
+        with locked(folder):  # taken after the answer, which may be long in coming
+            changed += _kept(record_file(folder, before.deployment), after, measure)
     return changed
+
+
+def _kept(path: Path, said: Deployment, measured: bool) -> list[Deployment]:
+    """Write what a server said over what is recorded by now: nothing against an end, which its witness alone knows, and a locked door is no news of
+    a server that somebody has let in meanwhile. The record where it says something new."""
+    there = read(path)
+    if there.state in (ENDED, REPLACED):
+        return []
+    state = RUNNING if (said.state, there.state) == (LOCKED, RUNNING) else said.state
+    new = replace(there, state=state, last_seen=max(said.last_seen, there.last_seen), vectors=said.vectors if measured else there.vectors)
+    if new == there:
+        return []
+    write(path, new)
+    return [] if replace(new, last_seen=there.last_seen) == there else [new]
 
 
 # --- the table ----------------------------------------------------------------------------------------------------------

@@ -63,14 +63,15 @@ def witness(deployment: Deployment, study_file: Path, files: Mapping[str, Path],
             return  # it never answered: nothing was deployed
         seen = deployments.asked(draft, key)
     seen = deployments.asked(replace(seen, started=deployments.now()), key, measure=True)
-    path = deployments.record_file(store.folder(stage.study.name), seen.deployment)
-    deployments.write(path, seen)
+    if _ended(FIRST):
+        return  # it was another server that answered: this one found its port taken
+    folder = store.folder(stage.study.name)
+    with deployments.locked(folder):
+        deployments.write(deployments.record_file(folder, seen.deployment), seen)
     assets.report(stage, store, instance, [seen])
     while not _ended(every):
-        assets.asked(stage, store, instance)
-    ended = replace(deployments.read(path), state=deployments.ENDED)
-    deployments.write(path, ended)
-    assets.report(stage, store, instance, [ended])
+        assets.asked(stage, store, instance, only=seen.deployment)
+    assets.report(stage, store, instance, [deployments.end(folder, seen.deployment)])
 
 
 def _ended(patience: float) -> bool:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
-from relseek_assets.serving import deployments
+from relseek_assets.serving import deployments, witness
 from relseek_assets.serving.deployments import Deployment, ServedVector
 from relseek_resources.storage import file_sha256
 from relseek_resources.vector_files import write_vectors
@@ -167,3 +170,153 @@ def test_another_machines_loopback_is_not_asked_from_here(tmp_path: Any) -> None
     assert not there.reachable and replace(there, address="http://gpu7:8000").reachable
     deployments.write(deployments.record_file(tmp_path, "d"), there)
     assert deployments.look(tmp_path) == [] and deployments.recorded(tmp_path) == [there]
+
+
+# --- what an answer says, and what it does not ---------------------------------------------------------------------------
+
+
+@dataclass
+class Answering:
+    """A server that gives the answer it is told to; a status of 0 is a line that is no HTTP, `key` opens it."""
+
+    url: str
+    status: int = 200
+    sha256: str = "0" * 64
+    key: str | None = None
+    asked: int = 0
+
+
+@pytest.fixture
+def there() -> Iterator[Answering]:
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            there.asked += 1
+            opened = there.key is None or self.headers.get("authorization") == f"Bearer {there.key}"
+            body = json.dumps({"vectors": [{"name": "v", "sha256": there.sha256}]}).encode()
+            if there.status == 0:
+                self.wfile.write(b"what is HTTP?\r\n\r\n")
+                return
+            self.send_response(there.status if opened else 401)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        there = Answering(f"http://127.0.0.1:{server.server_address[1]}")
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield there
+        server.shutdown()
+
+
+def deployed(folder: Path, address: str, name: str = "d", started: str = "2026-01-01T00:00:00Z", state: str = "running") -> Deployment:
+    vector = ServedVector("v", "0" * 64)
+    one = Deployment(name, "s", "embedded", "m", None, address, socket.gethostname(), (vector,), started, started, state)
+    deployments.write(deployments.record_file(folder, name), one)
+    return one
+
+
+def state_of(folder: Path) -> dict[str, str]:
+    return {one.deployment: one.state for one in deployments.recorded(folder)}
+
+
+@pytest.mark.parametrize("status", [302, 400, 408, 413, 429])
+def test_an_answer_that_says_nothing_of_the_vector_changes_nothing(there: Answering, tmp_path: Path, status: int) -> None:
+    before, there.status = deployed(tmp_path, there.url), status
+    assert deployments.look(tmp_path) == [] and deployments.recorded(tmp_path) == [before]
+
+
+@pytest.mark.parametrize(("status", "sha256"), [(404, "0" * 64), (200, "1" * 64)])
+def test_another_server_is_known_by_what_it_lists_or_that_it_lists_nothing(there: Answering, tmp_path: Path, status: int, sha256: str) -> None:
+    deployed(tmp_path, there.url)
+    assert deployments.look(tmp_path) == [] and state_of(tmp_path) == {"d": "running"}
+    there.status, there.sha256 = status, sha256
+    assert [one.state for one in deployments.look(tmp_path)] == ["replaced"]
+
+
+@pytest.mark.parametrize("status", [0, 500, 503])
+def test_who_breaks_off_or_fails_is_silent_until_it_answers(there: Answering, tmp_path: Path, status: int) -> None:
+    deployed(tmp_path, there.url)
+    there.status = status
+    assert [one.state for one in deployments.look(tmp_path)] == ["silent"]
+    there.status = 200
+    assert [one.state for one in deployments.look(tmp_path)] == ["running"]
+
+
+def test_who_lacks_the_key_does_not_take_back_what_the_key_found(there: Answering, tmp_path: Path) -> None:
+    there.key = "K"
+    deployed(tmp_path, there.url, state="silent")
+    assert [one.state for one in deployments.look(tmp_path)] == ["locked"]
+    assert [one.state for one in deployments.look(tmp_path, key="K")] == ["running"]
+    for key in (None, "K", "wrong", "K"):
+        assert deployments.look(tmp_path, key=key) == [], "no event each time that another one looks"
+    [after] = deployments.recorded(tmp_path)
+    assert after.state == "running" and after.last_seen > after.started
+
+
+def test_a_locked_door_is_no_news_of_a_server_that_was_opened_while_it_was_asked(there: Answering, tmp_path: Path, monkeypatch: Any) -> None:
+    """Two look at once: the one without the key read the record before the other one wrote it, and writes after that."""
+    there.key = "K"
+    deployed(tmp_path, there.url, state="locked")
+    ask = deployments.asked
+
+    def overtaken(before: Deployment, key: str | None, measure: bool = False) -> Deployment:
+        monkeypatch.setattr(deployments, "asked", ask)
+        assert [one.state for one in deployments.look(tmp_path, key="K")] == ["running"]
+        return ask(before, key, measure)
+
+    monkeypatch.setattr(deployments, "asked", overtaken)
+    assert deployments.look(tmp_path) == [] and state_of(tmp_path) == {"d": "running"}
+
+
+def test_who_reads_and_writes_a_record_has_it_alone(tmp_path: Path) -> None:
+    deployed(tmp_path, "http://127.0.0.1:9")
+    ender = threading.Thread(target=deployments.end, args=(tmp_path, "d"))
+    with deployments.locked(tmp_path):
+        ender.start()
+        ender.join(0.3)
+        assert state_of(tmp_path) == {"d": "running"}
+    ender.join(30)
+    assert state_of(tmp_path) == {"d": "ended"}
+
+
+def test_a_witness_asks_its_own_server_alone(there: Answering, tmp_path: Path) -> None:
+    deployed(tmp_path, there.url, "mine")
+    deployed(tmp_path, f"http://127.0.0.1:{free_port()}", "gone")
+    deployments.look(tmp_path, only="mine")
+    assert state_of(tmp_path) == {"mine": "running", "gone": "running"} and there.asked == 1
+
+
+@pytest.mark.parametrize("state", ["ended", "replaced"])
+def test_a_later_start_that_came_to_nothing_takes_no_servers_place(there: Answering, tmp_path: Path, state: str) -> None:
+    deployed(tmp_path, there.url, "first")
+    deployed(tmp_path, there.url, "second", "2026-01-02T00:00:00Z", state)
+    assert deployments.look(tmp_path) == [] and state_of(tmp_path) == {"first": "running", "second": state}
+    deployed(tmp_path, there.url, "third", "2026-01-03T00:00:00Z")
+    deployments.look(tmp_path)
+    assert state_of(tmp_path) == {"first": "replaced", "second": state, "third": "running"}
+
+
+def test_a_start_on_a_taken_port_is_not_recorded(there: Answering, tmp_path: Path, monkeypatch: Any) -> None:
+    """Its witness is answered by the server that has the port; its own server has ended by then."""
+    from types import SimpleNamespace
+
+    from relseek_assets import commands
+    from relseek_assets.serving import assets
+
+    first = deployed(tmp_path, there.url, "first")
+    store = SimpleNamespace(folder=lambda _name: tmp_path)
+    stage = SimpleNamespace(study=SimpleNamespace(name="s"))
+    workspace = SimpleNamespace(stage=stage, store=store, instance=None, observe=lambda: None)
+    reported: list[str] = []
+    monkeypatch.setattr(commands, "workspace_of", lambda _study: workspace)
+    monkeypatch.setattr(assets, "versioned", lambda _stage, _store, _instance, deployment, _files: deployment)
+    monkeypatch.setattr(assets, "report", lambda *given: reported.extend(one.state for one in given[-1]))
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as standard_input:
+        monkeypatch.setattr(sys, "stdin", standard_input)
+        os.close(writing)  # the second server has ended
+        witness.witness(replace(first, deployment="second", started="", last_seen="", state="silent"), tmp_path, {})
+    assert state_of(tmp_path) == {"first": "running"} and reported == []

@@ -211,7 +211,7 @@ def everything_is_here() -> Iterator[tuple[int, list[str]]]:
             self.send_header("content-length", "0")
             self.end_headers()
 
-        do_POST = do_GET
+        do_POST = do_GET  # noqa: N815
 
         def log_message(self, *_: Any) -> None:
             pass
