@@ -100,7 +100,7 @@ async def health(request: Request, vector: str | None = None) -> JSONResponse:
         named = [vectors.named(vector, "vector")] if vector is not None else list(vectors.by_name.values())
     except SteeringError as error:
         return refused(str(error), 404)
-    found = await liveness.measured(lambda interventions: _likeliest(engine, interventions), vectors, named)
+    found = await liveness.measured(lambda interventions: _likeliest(engine, interventions), vectors, named, engine.model_config.dtype)
     return JSONResponse(found, status_code=200 if found["live"] else 503)
 
 

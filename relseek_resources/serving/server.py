@@ -260,7 +260,7 @@ async def live(request: HttpRequest) -> Response:
         named = [engine.vectors.named(wanted, "vector")] if wanted is not None else list(engine.vectors.by_name.values())
     except SteeringError as error:
         raise Refusal(404, str(error)) from error
-    found = await liveness.measured(lambda interventions: _likeliest(engine, interventions), engine.vectors, named)
+    found = await liveness.measured(lambda interventions: _likeliest(engine, interventions), engine.vectors, named, engine.model.dtype)
     return JSONResponse(found, 200 if found["live"] else 503)
 
 
