@@ -143,8 +143,10 @@ def of_files(given: Sequence[str]) -> list[Vector]:
     """Vectors given as NAME=FILE.
 
     Raises:
-        StudyError: another form, a file that is not there or no safetensors file, a name given twice.
+        StudyError: another form, a file that is not there or no safetensors file, no name that a server takes, a name given twice.
     """
+    from relseek_resources.serving.vectors import NAME
+
     found: list[Vector] = []
     for one in given:
         name, equals, path = one.partition("=")
@@ -153,6 +155,8 @@ def of_files(given: Sequence[str]) -> list[Vector]:
             raise StudyError(f"--vector {one}: give NAME=FILE")
         if not file.is_file() or file.suffix != ".safetensors":
             raise StudyError(f"--vector {one}: {file} is no .safetensors file; `relseek vectors import` brings other formats into a study")
+        if not NAME.fullmatch(name):
+            raise StudyError(f"--vector {one}: a name has 1 to 100 letters, digits and _ . : @ + -, the first a letter or digit")
         if name in {vector.name for vector in found}:
             raise StudyError(f"--vector {one}: the name {name} is given twice")
         found.append(Vector(name, file, file_sha256(file)))
@@ -160,7 +164,16 @@ def of_files(given: Sequence[str]) -> list[Vector]:
 
 
 def export(served: Served) -> None:
-    """Copy the vectors into the folder that they are served from, byte by byte, with their hashes beside them."""
+    """Copy the vectors into the folder that they are served from, byte by byte, with their hashes beside them.
+
+    Raises:
+        StudyError: two names that are one file's.
+    """
+    names: dict[str, str] = {}
+    for vector in served.vectors:
+        other = names.setdefault(file_name(vector.name).casefold(), vector.name)  # some systems take a and A for one file
+        if other != vector.name:
+            raise StudyError(f"--vector {vector.name}: its file would be that of {other}; give another name")
     for vector in served.vectors:
         target = served.folder / f"{file_name(vector.name)}.safetensors"
         if vector.source != target:
@@ -258,10 +271,8 @@ def vllm_command(served: Served, settings: Settings, length: int, more: Sequence
     command += ["--dtype", served.model.dtype, "--max-model-len", str(length), "--host", settings.host, "--port", str(settings.port)]
     command += ["--additional-config", json.dumps({"relseek": served.configuration()})]
     environment = {"VLLM_PLUGINS": "relseek", "VLLM_USE_V2_MODEL_RUNNER": "0"}
-    if len(settings.keys) == 1:
-        environment["VLLM_API_KEY"] = settings.keys[0]  # on the command line every user of the machine could read it
-    elif settings.keys:
-        command += ["--api-key", *settings.keys]
+    if settings.keys:
+        [environment["VLLM_API_KEY"]] = settings.keys  # on the command line every user of the machine could read it
     if served.model.device == "cpu":
         command.append("--enforce-eager")
         environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -384,6 +395,8 @@ def serve(
         raise click.UsageError(f"{' '.join(more)}: only --engine vllm takes further options")
     if engine == "vllm" and arms is not None:
         raise click.UsageError("--arms goes with the embedded engine; `relseek arms serve` stands before vLLM")
+    if engine == "vllm" and len(keys) > 1:
+        raise click.UsageError("vLLM takes several keys on its command line alone, where everybody on the machine can read them; give one")
     try:
         settings = Settings(host, port, keys, rate)
         served = gathered(study, Loaded(source, dtype, device) if source else None, site, epoch, every, extraction, given)

@@ -68,12 +68,15 @@ class VectorFile:
 # --- in ---------------------------------------------------------------------------------------------------------------
 
 
-def read_vectors(path: Path) -> VectorFile:
+def read_vectors(path: Path, content: bytes | None = None) -> VectorFile:
     """Read a safetensors, `.pt` or GGUF file of steering vectors; the suffix says which.
 
     safetensors: one tensor of any name, its block taken from `layer` or `site` in the header; or tensors named by their block. `.pt`: one tensor,
     or a dictionary from block to tensor, read as plain tensors (`weights_only=True`): code in the file is refused, not run. GGUF: see above. Half
     and double precision become float32.
+
+    Args:
+        content: of a safetensors file that has been read already; nothing is read again, so that it is certain what was.
 
     Raises:
         VectorFileError: no such file, another format, a truncated file; integers or truth values; a tensor that is not (width,); different widths in
@@ -89,7 +92,7 @@ def read_vectors(path: Path) -> VectorFile:
         raise VectorFileError(f"{path}: no such file")
     if path.suffix not in readers:
         raise VectorFileError(f"{path}: unknown suffix {path.suffix!r}; steering vectors come as {', '.join(readers)}")
-    tensors, provenance = readers[path.suffix](path)
+    tensors, provenance = readers[path.suffix](path) if content is None else _safetensors(path, content)
     vectors = {
         block: _checked(tensor, block, path) for block, tensor in sorted(tensors.items(), key=lambda found: -1 if found[0] is None else found[0])
     }
@@ -101,13 +104,14 @@ def read_vectors(path: Path) -> VectorFile:
     return VectorFile(path, path.suffix[1:], vectors, provenance)
 
 
-def _safetensors(path: Path) -> tuple[dict[int | None, Any], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
+def _safetensors(path: Path, content: bytes | None = None) -> tuple[dict[int | None, Any], dict[str, str]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load  # numpy has no bfloat16
 
     try:
-        with safe_open(str(path), framework="pt") as file:  # numpy has no bfloat16
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-            header = dict(file.metadata() or {})
+        content = path.read_bytes() if content is None else content
+        tensors = load(content)
+        header = dict(json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {})
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise VectorFileError(f"{path}: not a readable safetensors file ({error}); it may be truncated: copy it again") from error
     if len(tensors) == 1 and not next(iter(tensors)).isdecimal():

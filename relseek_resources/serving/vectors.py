@@ -137,7 +137,8 @@ class Vectors:
             for name, file in configuration.vectors.items():
                 self.add(self.read(name, file))
             if self.default is not None:
-                self.layers(self.named(self.default["vector"], "default"), self.default.get("layers"), "default")
+                layers = self.layers(self.named(self.default["vector"], "default"), self.default.get("layers"), "default")
+                self.default = {**self.default, "layers": layers} if "layers" in self.default else self.default
         except SteeringError as error:
             raise ServingError(f"relseek's configuration: {error}") from error
 
@@ -155,7 +156,7 @@ class Vectors:
         path = self._inside(file)
         try:
             content = path.read_bytes()
-            found = read_vectors(path)
+            found = read_vectors(path, content)
         except OSError as error:
             raise SteeringError(f"file {shown(file)}: cannot be read ({error.strerror})") from error
         except VectorFileError as error:
@@ -176,10 +177,9 @@ class Vectors:
 
     def _check_room(self, new: Registered) -> None:
         there = self.by_name.get(new.name)
-        if there is not None and dict(there.digests) != dict(new.digests):
-            raise SteeringError(
-                f"name {new.name!r} stands for another vector (sha256 {there.sha256[:16]}) as long as this server runs; choose another name"
-            )
+        if there is not None and (dict(there.digests), there.home) != (dict(new.digests), new.home):
+            held = f"sha256 {there.sha256[:16]}, blocks {list(there.home)}"
+            raise SteeringError(f"name {new.name!r} stands for another vector ({held}) as long as this server runs; choose another name")
         digests = {digest for one in (*self.by_name.values(), new) for digest in one.digests.values()}
         room = self.configuration.capacity
         if len(digests) > room:

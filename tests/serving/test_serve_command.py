@@ -97,6 +97,29 @@ def test_what_is_missing_is_said(store: Path, given: tuple[str, ...], site: str 
         gathered(*given, site=site)
 
 
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (("../up",), "a name has"),
+        (("a/b",), "a name has"),
+        (("..",), "a name has"),
+        (("x" * 101,), "a name has"),
+        (("a:b", "a_b"), "its file would be that of a:b"),
+        (("A", "a"), "its file would be that of A"),
+        (("smollm2-135m_L12@e02",), "its file would be that of smollm2-135m:L12@e02"),
+    ],
+)
+def test_a_name_is_checked_before_anything_is_written(store: Path, tmp_path: Path, names: tuple[str, ...], says: str) -> None:
+    given = []
+    for place, name in enumerate(names):
+        file = tmp_path / f"mine{place}.safetensors"
+        write_tensors(file, {"vector": np.full(WIDTH, place + 1, np.float32)}, {"layer": "3"})
+        given.append(f"{name}={file}")
+    with pytest.raises(StudyError, match=says):
+        gathered(*given, site=SITES[0])
+    assert not (tmp_path / "served").exists() and not (tmp_path / "up.safetensors").exists()
+
+
 def test_an_empty_store_names_the_command_that_fills_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "dagster.yaml").write_text("")
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
@@ -110,6 +133,7 @@ def test_an_empty_store_names_the_command_that_fills_it(tmp_path: Path, monkeypa
         (["quickstart", "--host", "0.0.0.0"], "needs a key"),
         (["quickstart", "--", "--dtype", "half"], "only --engine vllm"),
         (["quickstart", "--model", "x"], "not both"),
+        (["quickstart", "--engine", "vllm", "--key", "a", "--key", "b"], "give one"),
         ([], "name a STUDY, or give --model"),
     ],
 )

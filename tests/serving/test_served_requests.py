@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -156,6 +158,13 @@ def test_the_published_shape_doses_the_default_vector(vectors: Vectors) -> None:
             requests.read_custom(wrong, vectors)
 
 
+def test_the_default_vector_says_its_blocks_as_a_list(vectors: Vectors) -> None:
+    configuration = vectors.configuration
+    for layers in (3, [3]):
+        declared = dataclasses.replace(configuration, default={"vector": "one", "layers": layers})
+        assert Vectors(declared, BLOCKS, WIDTH).default == {"vector": "one", "layers": [3]}
+
+
 def test_salts_part_steering_and_senders() -> None:
     salts = [cache_salt(text, given) for text in ("a", "b") for given in (None, "", "a")]
     assert len(set(salts)) == len(salts)
@@ -195,6 +204,35 @@ def test_a_name_keeps_its_vector(tmp_path: Path) -> None:
     offered.add(offered.read("b", "b.safetensors"))
     with pytest.raises(SteeringError, match="`capacity` 2"):
         offered.read("c", "c.safetensors")
+
+
+def test_a_name_keeps_the_block_of_its_vector(tmp_path: Path) -> None:
+    offered = Vectors(Configuration(folder=tmp_path), BLOCKS, WIDTH)
+    for file, layer in (("a", 1), ("b", 2)):
+        write_vectors(tmp_path / f"{file}.safetensors", "safetensors", {layer: np.ones(WIDTH, np.float32)}, {})
+    offered.add(offered.read("a", "a.safetensors"))
+    with pytest.raises(SteeringError, match=r"stands for another vector .*blocks \[1\]"):
+        offered.read("a", "b.safetensors")
+    assert offered.by_name["a"].home == (1,)
+
+
+def test_the_hash_is_of_the_bytes_that_were_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is exchanged meanwhile: hash and numbers are of one content."""
+    file, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    write_vectors(file, "safetensors", {1: np.ones(WIDTH, np.float32)}, {})
+    write_vectors(other, "safetensors", {1: np.full(WIDTH, 2, np.float32)}, {})
+    before, after, real = file.read_bytes(), other.read_bytes(), Path.read_bytes
+
+    def exchanged(path: Path) -> bytes:
+        content = real(path)
+        path.write_bytes(after)
+        return content
+
+    offered = Vectors(Configuration(folder=tmp_path), BLOCKS, WIDTH)
+    monkeypatch.setattr(Path, "read_bytes", exchanged)
+    new = offered.read("a", "a.safetensors")
+    monkeypatch.undo()
+    assert new.sha256 == hashlib.sha256(before).hexdigest() and (new.at(1) == 1).all() and file.read_bytes() == after
 
 
 @pytest.mark.parametrize(
