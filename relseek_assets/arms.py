@@ -85,7 +85,7 @@ def make(
     chosen = server.vector(vector)
     if chosen is None:
         raise click.ClickException(f"{url}: the server offers no vector for the arms")
-    of_arms = [Arm(f"{dose:g}", chosen["name"], dose, chosen["sha256"]) for dose in doses]
+    of_arms = [Arm(f"{dose:g}", chosen["name"], dose, chosen["sha256"], server.layers(chosen)) for dose in doses]
     conduct = Conduct(system=system, temperature=temperature, top_p=top_p, max_tokens=max_tokens, per_minute=per_minute)
     blocks, seed = blocks or (len(doses), 2 * len(doses)), secrets.randbits(53) if seed is None else seed
     allocation, made = allocated(study, of_arms, participants, blocks, seed, conduct)

@@ -7,6 +7,7 @@ study.
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -59,6 +60,8 @@ class Served:
     sampling: Sampling
     seed: int = 0
     system: str = ""
+    layers: tuple[int, ...] | None = None  # None for those that the vector's file names
+    session: str = field(default_factory=lambda: secrets.token_hex(16))  # by which a router keeps the conversation on one replica
     history: list[dict[str, str]] = field(default_factory=list)
     turns: list[dict[str, Any]] = field(default_factory=list)
 
@@ -70,7 +73,7 @@ class Served:
         opening = [{"role": "system", "content": self.system}] if self.system else []
         asked = {"role": "user", "content": text}
         seed = keyed_seed(self.seed, "chat", len(self.turns)) >> 32
-        steering = [{"vector": self.vector["name"], "sha256": self.vector["sha256"], "multiplier": multiplier}] if self.vector and multiplier else []
+        steering = self._steering(multiplier)
         pieces: list[str] = []
         tokens: int | None = None
         start, first = time.monotonic(), None
@@ -83,6 +86,7 @@ class Served:
                 seed=seed,
                 stream=True,
                 stream_options={"include_usage": True},
+                extra_headers={"x-session-id": self.session},
                 extra_body={"vllm_xargs": {"relseek": json.dumps(steering)}} if steering else None,
             ) as events:
                 for event in events:
@@ -99,8 +103,15 @@ class Served:
         self.history += [asked, {"role": "assistant", "content": reply}]
         name, sha256 = (self.vector["name"], self.vector["sha256"]) if self.vector else (None, None)
         timing = {"seconds_to_first_token": first and round(first - start, 3), "seconds": round(time.monotonic() - start, 3), "tokens": tokens}
-        settings = {"model": self.model, "vector": name, "vector_sha256": sha256, "multiplier": multiplier, "seed": seed}
+        layers = self.vector and (self.layers or self.vector["layers"])
+        settings = {"model": self.model, "vector": name, "vector_sha256": sha256, "layers": layers, "multiplier": multiplier, "seed": seed}
         self.turns.append({"system": self.system, "user": text, "reply": reply, **settings, **timing})
+
+    def _steering(self, multiplier: float) -> list[dict[str, Any]]:
+        if self.vector is None or not multiplier:
+            return []
+        blocks = {} if self.layers is None else {"layers": list(self.layers)}
+        return [{"vector": self.vector["name"], "sha256": self.vector["sha256"], "multiplier": multiplier, **blocks}]
 
     def reset(self) -> None:
         self.history.clear()
@@ -133,6 +144,11 @@ class Endpoint:
             return None
         fault = "name one with --vector" if wanted is None else f"the server has no vector {wanted!r}"
         raise ChatError(f"{self.url}: {fault}; there is {', '.join(vectors) or 'none'}")
+
+    def layers(self, vector: dict[str, Any]) -> tuple[int, ...] | None:
+        """The blocks after which the server's default vector works where `vector` is that one and they are declared; None for those of its file."""
+        default = self.offered["default"] or {}
+        return tuple(default["layers"]) if default.get("vector") == vector["name"] and "layers" in default else None
 
 
 def endpoint(url: str, key: str | None = None, model: str | None = None) -> Endpoint:
@@ -284,7 +300,7 @@ def chat(
         server = endpoint(where, key, model)
         chosen = server.vector(vector)
         click.echo(f"{server.model} at {where}, {chosen['name'] if chosen else 'no vector'}, λ {multiplier:g}\n{HELP}", err=True)
-        talk: Talk = Served(server.client, server.model, chosen, multiplier, sampling, seed, system)
+        talk: Talk = Served(server.client, server.model, chosen, multiplier, sampling, seed, system, server.layers(chosen) if chosen else None)
     else:
         if vector is not None or model is not None:
             raise click.UsageError("--vector and --model go with a URL; for a STUDY give --site and --epoch, or use `relseek steer`")

@@ -256,9 +256,11 @@ def check_offered(allocation: Allocation, offered: Mapping[str, Any]) -> None:
         offered: what the server's `GET /v1/relseek/vectors` says.
 
     Raises:
-        ArmsError: a vector that is not offered, another content under its name, a dose outside the declared range.
+        ArmsError: a vector that is not offered, another content under its name, no block to steer after, a dose outside the declared range.
     """
     vectors = {one["name"]: one for one in offered["vectors"]}
+    if not vectors:
+        raise ArmsError("the server offers no vectors; start it with a relseek configuration, or with `relseek serve`")
     most = offered["limits"]["multiplier"]
     for arm in allocation.arms.values():
         there = vectors.get(arm.vector)
@@ -267,5 +269,10 @@ def check_offered(allocation: Allocation, offered: Mapping[str, Any]) -> None:
         if there["sha256"] != arm.sha256:
             found, planned = there["sha256"][:16], arm.sha256[:16]
             raise ArmsError(f"arm {arm.name}: the server's vector {arm.vector!r} has the sha256 {found}, the trial was planned with {planned}")
+        if arm.layers is None and not there["layers"]:
+            raise ArmsError(
+                f"arm {arm.name}: neither the arm nor the file of vector {arm.vector!r} names a block; give the server's `default` its `layers`, "
+                "then `relseek arms make` takes them"
+            )
         if not -most <= arm.multiplier <= most:
             raise ArmsError(f"arm {arm.name}: multiplier {arm.multiplier:g} is outside the server's range of {-most:g} to {most:g}")

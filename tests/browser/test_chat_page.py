@@ -117,6 +117,37 @@ def reference(model: Any, engine: Any, dose: float, *turns: str, name: str = "wa
         return model.generate([messages], Sampling(temperature=0, max_new_tokens=24), seeds=[0])[0].text
 
 
+def test_requests_say_which_content_which_blocks_and_which_conversation(browser, url, engine, model):
+    """The default vector works after the blocks that the server declares for it, as `custom.steer_multiplier` does."""
+    from relseek_resources.models import Add, Sampling
+
+    default = engine.vectors.default
+    engine.vectors.default = {"vector": "warm", "layers": [2]}
+    context = browser.new_context(viewport={"width": 1400, "height": 900}, locale="en-GB")
+    context.set_default_timeout(60_000)
+    try:
+        chat = Chat(context.new_page(), url)
+        asked: list[Any] = []
+        chat.page.on("request", lambda request: asked.append(request) if request.url.endswith("/completions") else None)
+        chat.say()
+        chat.say("And now?")
+        lines = chat.export()
+        replies = {turn["multiplier"]: turn["reply"] for turn in lines[:3]}
+        warm = engine.vectors.by_name["warm"]
+        for dose in (-1, 1):
+            with model.intervene([Add(warm.at(2), 2, dose)]):
+                wanted = model.generate([[{"role": "user", "content": PROMPT}]], Sampling(temperature=0, max_new_tokens=24), seeds=[0])[0].text
+            assert replies[dose] == wanted
+        assert {tuple(turn["layers"]) for turn in lines} == {(2,)}
+        steering = [json.loads(body["vllm_xargs"]["relseek"])[0] for body in (one.post_data_json for one in asked) if "vllm_xargs" in body]
+        assert len(steering) == 4 and all((one["sha256"], one["layers"]) == (warm.sha256, [2]) for one in steering)
+        sessions = [one.headers["x-session-id"] for one in asked]
+        assert len(sessions) == 6 and sorted(sessions[:3]) == sorted(sessions[3:]) and len(set(sessions)) == 3
+    finally:
+        engine.vectors.default = default
+        context.close()
+
+
 # --- side by side -------------------------------------------------------------------------------------------------------
 
 

@@ -54,7 +54,8 @@ def reply_at(model: Any, vector: np.ndarray, layer: int, dose: float, *turns: st
 
 def served(url: str, vector: str | None = None, multiplier: float = 0.0) -> Served:
     found = endpoint(url)
-    return Served(found.client, found.model, found.vector(vector), multiplier, GREEDY)
+    chosen = found.vector(vector)
+    return Served(found.client, found.model, chosen, multiplier, GREEDY, layers=found.layers(chosen) if chosen else None)
 
 
 def test_each_line_is_answered_by_the_server_at_its_own_dose(server, engine, tiny_llama):
@@ -73,6 +74,31 @@ def test_a_vector_that_was_exchanged_behind_its_name_does_not_answer(server, eng
     talk.vector["sha256"] = "0" * 64  # as the server listed it when the conversation began
     written, notes = heard(talk, "Hello || 1", "Hello || 0")
     assert "was asked for" in notes[0] and len(talk.turns) == 1 and talk.turns[0]["multiplier"] == 0 and written.strip()
+
+
+def test_the_default_vector_works_after_the_blocks_that_the_server_declares(server, engine, tiny_llama):
+    engine.vectors.default = {"vector": "warm", "layers": [2]}
+    warm = engine.vectors.by_name["warm"].at(2)
+    expected = reply_at(tiny_llama, warm, 2, 1.5, "Hello")
+    talk = served(server)
+    assert heard(talk, "Hello || 1.5")[0] == expected + "\n" != reply_at(tiny_llama, warm, 1, 1.5, "Hello") + "\n"
+    assert list(talk.turns[0]["layers"]) == [2]
+    assert run(server, "--temperature", "0", "--max-tokens", "8", lines="Hello || 1.5\n").stdout == expected + "\n"
+    assert list(served(server, "cold").layers or ()) == []
+
+
+def test_a_conversation_names_itself_to_a_router(engine):
+    sessions = []
+    app = create_app(engine, Settings())
+
+    async def noted(scope: Any, receive: Any, send: Any) -> None:
+        sessions.extend(value for name, value in scope.get("headers", ()) if name == b"x-session-id")
+        await app(scope, receive, send)
+
+    with listening(noted) as url:
+        heard(served(url), "Hello", "And now?")
+        heard(served(url), "Hello")
+    assert sessions[0] == sessions[1] != sessions[2] and len(sessions[0]) == 32
 
 
 def test_a_study_in_this_process_and_a_server_of_the_same_vector_answer_alike(server, engine, tiny_llama):

@@ -163,17 +163,25 @@ def test_the_seed_decides_the_arms_and_never_the_tokens():
     [
         (lambda one: one.update(name="other"), "no vector 'secretvector'"),
         (lambda one: one.update(sha256="0" * 64), "planned with 5ec2e7"),
+        (lambda one: one.update(layers=[]), "names a block"),
     ],
 )
 def test_a_server_with_another_vector_does_not_run_the_trial(change, words):
     allocation, _ = allocated("quickstart", ARMS, 5, [5], 7)
-    offered = {"vectors": [{"name": "secretvector", "sha256": SHA}], "limits": {"multiplier": 2.0}}
+    offered = {"vectors": [{"name": "secretvector", "sha256": SHA, "layers": [12]}], "limits": {"multiplier": 2.0}}
     check_offered(allocation, offered)
     change(offered["vectors"][0])
     with pytest.raises(ArmsError, match=words):
         check_offered(allocation, offered)
     with pytest.raises(ArmsError, match="outside the server's range"):
-        check_offered(allocation, {"vectors": [{"name": "secretvector", "sha256": SHA}], "limits": {"multiplier": 0.5}})
+        check_offered(allocation, {"vectors": [{"name": "secretvector", "sha256": SHA, "layers": [12]}], "limits": {"multiplier": 0.5}})
+
+
+def test_a_server_that_does_not_steer_runs_no_trial():
+    """As `relseek arms serve` has it of a server without the vectors' route."""
+    allocation, _ = allocated("quickstart", ARMS, 5, [5], 7)
+    with pytest.raises(ArmsError, match="offers no vectors"):
+        check_offered(allocation, {"vectors": [], "default": None})
 
 
 # --- the conversation ---------------------------------------------------------------------------------------------------
@@ -670,6 +678,47 @@ def test_the_commands_make_an_allocation_once_and_balanced(on_the_engine, tmp_pa
     assert again.exit_code == 1 and "never overwritten" in again.stderr and (tmp_path / "made.json").read_bytes() == before
     beyond = CliRunner().invoke(main, [*made[:4], "-3,3", *made[5:7], *server, "-o", str(tmp_path / "x.json")])
     assert beyond.exit_code == 1 and "outside the server's range" in beyond.stderr and not (tmp_path / "x.json").exists()
+
+
+def test_arms_work_where_the_servers_default_does(on_the_engine, tmp_path):
+    """After the declared blocks, which may be others than the file's; a file without any makes no arms."""
+    import numpy as np
+    import requests
+    from click.testing import CliRunner
+
+    from relseek_assets.cli import main
+    from relseek_resources.storage import write_tensors
+
+    _, _, _, url, engine = on_the_engine
+    key = {"authorization": "Bearer sesame"}
+    write_tensors(tmp_path / "bare.safetensors", {"vector": np.full(64, 0.5, np.float32)}, {})
+    assert requests.post(f"{url}/v1/relseek/vectors", json={"name": "bare", "file": "bare.safetensors"}, headers=key).ok
+
+    def made(name: str, *more: str) -> Any:
+        files = ["-o", str(tmp_path / f"{name}.json"), "--tokens", str(tmp_path / f"{name}.csv")]
+        server = ["--url", url, "--key", "sesame"]
+        return CliRunner().invoke(main, ["arms", "make", "tiny", "--arms", "0,1", "--participants", "2", *server, *files, *more])
+
+    refused = made("bare", "--vector", "bare")
+    assert refused.exit_code == 1 and "names a block" in refused.stderr and not (tmp_path / "bare.json").exists()
+    for default in ("bare", "warm"):
+        engine.vectors.default = {"vector": default, "layers": [2]}
+        assert made(f"of_{default}").exit_code == 0
+        allocation = read_allocation(tmp_path / f"of_{default}.json")
+        custom = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "Hi"}],
+            "max_tokens": 8,
+            "temperature": 0,
+            "custom": {"steer_multiplier": 1},
+        }
+        wanted = requests.post(f"{url}/v1/chat/completions", json=custom, headers=key).json()["choices"]
+        steering = {"vllm_xargs": {"relseek": json.dumps(allocation.arms["1"].steering)}}
+        asked = {name: value for name, value in custom.items() if name != "custom"} | steering
+        found = requests.post(f"{url}/v1/chat/completions", json=asked, headers=key).json()["choices"]
+        assert allocation.arms["1"].layers == (2,) and found == wanted
+    assert made("other", "--vector", "cold").exit_code == 0
+    assert read_allocation(tmp_path / "other.json").arms["1"].layers is None  # it has blocks of its own
 
 
 @pytest.mark.slow
