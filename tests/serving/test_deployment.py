@@ -6,10 +6,12 @@ import contextlib
 import http.client
 import http.server
 import json
+import os
 import re
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -41,6 +43,31 @@ def manifests() -> list[tuple[str, dict[str, Any]]]:
 def of_kind(kind: str, name: str) -> dict[str, Any]:
     [found] = [one for _, one in manifests() if (one["kind"], one["metadata"]["name"]) == (kind, name)]
     return found
+
+
+@contextlib.contextmanager
+def everything_is_here(status: int = 200, body: bytes = b"") -> Iterator[tuple[int, list[str]]]:
+    """A server that answers every path alike, and the requests that reached it."""
+    came: list[str] = []
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            came.append(f"{self.command} {self.path}")
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1], came
+        server.shutdown()
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -89,7 +116,62 @@ def test_the_plugin_reads_the_configuration_and_workers_are_as_many_as_gpus() ->
     assert re.search(r"--tensor-parallel-size (\d+)", command)[1] == vllm["resources"]["limits"]["nvidia.com/gpu"]  # type: ignore[index]
     environment = {one["name"]: one["value"] for one in vllm["env"]}
     assert environment["VLLM_PLUGINS"] == "relseek" and environment["VLLM_USE_V2_MODEL_RUNNER"] == "0"
-    assert "/v1/relseek/health" in vllm["readinessProbe"]["exec"]["command"][-1]
+
+
+def test_a_busy_replica_is_not_taken_for_one_that_does_not_steer() -> None:
+    """Whether it steers is asked at the start and now and then; readiness, by which requests are sent elsewhere, costs the model nothing."""
+    pod = of_kind("StatefulSet", "vllm")["spec"]["template"]["spec"]
+    [vllm] = pod["containers"]
+    assert vllm["readinessProbe"]["httpGet"]["path"] == "/health"
+    script = "/srv/steering/steers.py"
+    assert vllm["startupProbe"]["exec"]["command"] == ["python3", script]
+    assert vllm["livenessProbe"]["exec"]["command"] == ["python3", script, "--patient"] and vllm["livenessProbe"]["periodSeconds"] >= 300
+    [patience] = re.findall(r"timeout=(\d+)", (KUBERNETES / "steers.py").read_text())
+    assert all(vllm[probe]["timeoutSeconds"] > int(patience) for probe in ("startupProbe", "livenessProbe"))
+    [steering] = [one for one in yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["configMapGenerator"] if one["name"] == "steering"]
+    assert (
+        steering["files"] == ["steering.json", "steers.py"]
+        and {"name": "steering", "mountPath": "/srv/steering", "readOnly": True} in vllm["volumeMounts"]
+    )
+
+
+def test_replies_under_way_are_finished_before_a_replica_is_killed() -> None:
+    pod = of_kind("StatefulSet", "vllm")["spec"]["template"]["spec"]
+    [vllm] = pod["containers"]
+    [drain] = re.findall(r"--shutdown-timeout (\d+)", " ".join(vllm["args"]))  # vLLM's own default is to abort them
+    assert int(drain) >= 60
+    assert int(vllm["lifecycle"]["preStop"]["exec"]["command"][1]) + int(drain) < pod["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "strict", "patient"),
+    [
+        (200, b'{"live": true}', 0, 0),
+        (503, b'{"live": false}', 1, 1),
+        (503, b"overloaded", 1, 0),
+        (429, b"{}", 1, 0),
+        (500, b'{"error": {"message": "m"}}', 1, 0),
+        (None, b"", 1, 0),
+    ],
+)
+def test_the_probe_fails_by_a_measurement_and_when_it_is_patient_by_nothing_else(status: int | None, body: bytes, strict: int, patient: int) -> None:
+    with everything_is_here(status or 200, body) as (port, came):
+        address = f"http://127.0.0.1:{port if status else 9}"
+        environment = {**os.environ, "RELSEEK_ADDRESS": address, "VLLM_API_KEY": "K"}
+        command = [sys.executable, str(KUBERNETES / "steers.py")]
+        codes = [subprocess.run([*command, *more], env=environment, check=False).returncode for more in ([], ["--patient"])]
+    assert codes == [strict, patient]
+    assert came == (["GET /v1/relseek/health"] * 2 if status else [])
+
+
+def test_whoever_fills_a_volume_can_write_to_it() -> None:
+    """A claim for reading alone is met with an empty volume, which then nobody can fill."""
+    claims = [one["spec"] for _, one in manifests() if one["kind"] == "PersistentVolumeClaim"]
+    assert claims and all(one["accessModes"] == ["ReadWriteMany"] for one in claims)
+    pod = of_kind("StatefulSet", "vllm")["spec"]["template"]["spec"]
+    assert all(
+        mount["readOnly"] for one in (*pod["containers"], *pod["initContainers"]) for mount in one["volumeMounts"] if mount["name"] == "vectors"
+    )
 
 
 def test_the_routers_ring_names_every_replica() -> None:
@@ -196,30 +278,6 @@ def test_vectors_are_not_registered_with_one_replica_behind_the_routers_back(ran
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(asked, timeout=30)
         assert "warm" in urllib.request.urlopen(f"{url}/v1/relseek/vectors", timeout=30).read().decode()
-
-
-@contextlib.contextmanager
-def everything_is_here() -> Iterator[tuple[int, list[str]]]:
-    """A server that answers every path, and the requests that reached it."""
-    came: list[str] = []
-
-    class Answer(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            came.append(f"{self.command} {self.path}")
-            self.rfile.read(int(self.headers.get("content-length", 0)))
-            self.send_response(200)
-            self.send_header("content-length", "0")
-            self.end_headers()
-
-        do_POST = do_GET  # noqa: N815
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server.server_address[1], came
-        server.shutdown()
 
 
 @NEEDS_NGINX
