@@ -299,24 +299,46 @@ def test_a_later_start_that_came_to_nothing_takes_no_servers_place(there: Answer
     assert state_of(tmp_path) == {"first": "replaced", "second": state, "third": "running"}
 
 
-def test_a_start_on_a_taken_port_is_not_recorded(there: Answering, tmp_path: Path, monkeypatch: Any) -> None:
-    """Its witness is answered by the server that has the port; its own server has ended by then."""
+@pytest.fixture
+def witnessing(tmp_path: Path, monkeypatch: Any) -> Iterator[tuple[list[str], int]]:
+    """A witness's surroundings without a Dagster instance: the states that it reports, and the server's end of its standard input."""
     from types import SimpleNamespace
 
     from relseek_assets import commands
     from relseek_assets.serving import assets
 
-    first = deployed(tmp_path, there.url, "first")
+    stage, reported = SimpleNamespace(study=SimpleNamespace(name="s")), []
     store = SimpleNamespace(folder=lambda _name: tmp_path)
-    stage = SimpleNamespace(study=SimpleNamespace(name="s"))
     workspace = SimpleNamespace(stage=stage, store=store, instance=None, observe=lambda: None)
-    reported: list[str] = []
     monkeypatch.setattr(commands, "workspace_of", lambda _study: workspace)
     monkeypatch.setattr(assets, "versioned", lambda _stage, _store, _instance, deployment, _files: deployment)
     monkeypatch.setattr(assets, "report", lambda *given: reported.extend(one.state for one in given[-1]))
+    monkeypatch.setattr(witness, "FIRST", 0.1)
     reading, writing = os.pipe()
     with os.fdopen(reading) as standard_input:
         monkeypatch.setattr(sys, "stdin", standard_input)
-        os.close(writing)  # the second server has ended
-        witness.witness(replace(first, deployment="second", started="", last_seen="", state="silent"), tmp_path, {})
+        yield reported, writing
+
+
+def test_a_start_on_a_taken_port_is_not_recorded(there: Answering, tmp_path: Path, witnessing: tuple[list[str], int]) -> None:
+    """Its witness is answered by the server that has the port; its own server has ended by then."""
+    reported, server_end = witnessing
+    first = deployed(tmp_path, there.url, "first")
+    os.close(server_end)
+    witness.witness(replace(first, deployment="second", started="", last_seen="", state="silent"), tmp_path, {})
     assert state_of(tmp_path) == {"first": "running"} and reported == []
+
+
+def test_a_server_is_recorded_from_its_first_answer_to_its_end(there: Answering, tmp_path: Path, witnessing: tuple[list[str], int]) -> None:
+    reported, server_end = witnessing
+    there.status = 503
+    draft = Deployment("d", "s", "embedded", "m", None, there.url, socket.gethostname(), (ServedVector("v", "0" * 64),))
+    beside = threading.Thread(target=witness.witness, args=(draft, tmp_path, {}, 0.1))
+    beside.start()
+    wait_for("a second question", lambda: there.asked > 1, 30)
+    assert not (tmp_path / "deployments").exists()
+    there.status = 200
+    wait_for("the record", lambda: reported == ["running"], 30)
+    os.close(server_end)
+    beside.join(30)
+    assert state_of(tmp_path) == {"d": "ended"} and reported == ["running", "ended"]
