@@ -19,6 +19,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -169,7 +170,8 @@ def run(
                 on_answer=keep,
             )
 
-    return asyncio.run(asked())
+    with ThreadPoolExecutor(1) as thread:  # of its own, because a notebook's has a loop already, in which none can be run
+        return thread.submit(asyncio.run, asked()).result()
 
 
 async def ask(

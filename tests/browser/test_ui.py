@@ -22,6 +22,7 @@ SITE, OTHER_SITE = "m:L01", "m:L02"
 STEPS = ("e02@-1_0", "e02@0_0", "e02@1_0", "e03@-1_0", "e03@0_0", "e03@1_0")
 GROUPS = ("sources", "dataset", "vectors", "sweeps", "judging", "selection", "serving", "reports")
 RUN_SECONDS = 180  # a run takes about 15 on an idle machine, a backfill about 30 because its daemon looks that often
+ROWS, COLUMNS = 4, 5  # places of the window, a third of it apart, from which all of the lineage is seen
 TICK_SECONDS = 120  # two ticks, 30 apart, and what a busy machine adds
 
 RUNS = "{ runsOrError { ... on Runs { results { runId status assetSelection { path } } } } }"
@@ -175,16 +176,31 @@ def test_the_lineage_shows_the_whole_study(page: Any, ui: Ui, screenshots: Path)
     from relseek_assets.definitions import catalogue
     from relseek_assets.study import load_study
 
-    page.set_viewport_size({"width": WIDTH, "height": 2 * HEIGHT})  # Dagster draws what the window shows and nothing beyond
     page.goto("/asset-groups~code_location%3Atiny/")
     for group in GROUPS:
         expect(page.get_by_text(group, exact=True).first).to_be_visible()
     whole_lineage(page)
-    names = page.locator('[class*="AssetNode_assetName"]')
-    study = load_study(str(ui.platform.study_file))
-    expect(names).to_have_count(len(catalogue(study)) + len(sources.keys(study)))
-    assert {"preference_pairs", "training_run", "generations", "judge_scores", "dose_response", "report"} <= set(names.all_inner_texts())
     page.screenshot(path=screenshots / "lineage.png")
+    names = names_across(page)
+    study = load_study(str(ui.platform.study_file))
+    assert len(names) == len(catalogue(study)) + len(sources.keys(study)), names
+    assert {"preference_pairs", "training_run", "generations", "judge_scores", "dose_response", "report"} <= names
+
+
+def names_across(page: Any) -> set[str]:
+    """The names of all nodes of a graph in the middle of the window, which is moved across it: what it does not show is not in the page."""
+    found: set[str] = set()
+    page.mouse.move(WIDTH / 2, HEIGHT / 2)
+    for place in range(ROWS * COLUMNS):
+        row, column = divmod(place, COLUMNS)
+        if not place:
+            across, down = -(COLUMNS - 1) / 2, -(ROWS - 1) / 2
+        else:
+            across, down = (0, 1) if not column else (1 if row % 2 == 0 else -1, 0)
+        page.mouse.wheel(across * WIDTH / 3, down * HEIGHT / 3)
+        page.wait_for_timeout(700)
+        found |= set(page.locator('[class*="AssetNode_assetName"]').all_inner_texts())
+    return found
 
 
 def whole_lineage(page: Any) -> None:
@@ -195,7 +211,7 @@ def whole_lineage(page: Any) -> None:
     of_icon(page, "settings").click()
     page.get_by_text("Change graph to vertical orientation").click()
     page.keyboard.press("Escape")
-    page.mouse.move(WIDTH / 2, HEIGHT)
+    page.mouse.move(WIDTH / 2, HEIGHT / 2)
     for _ in range(10):  # nodes outside the window are not in the page, so their place is known only once they are near
         page.wait_for_timeout(700)
         left, top, right, bottom = page.locator('[class*="AssetNode_assetName"]').evaluate_all(
@@ -203,7 +219,7 @@ def whole_lineage(page: Any) -> None:
             return [Math.min(...boxes.map(b => b.left)), Math.min(...boxes.map(b => b.top)),
                     Math.max(...boxes.map(b => b.right)), Math.max(...boxes.map(b => b.bottom))]; }"""
         )
-        across, down = (left + right) / 2 - WIDTH / 2, (top + bottom) / 2 - HEIGHT
+        across, down = (left + right) / 2 - WIDTH / 2, (top + bottom) / 2 - HEIGHT / 2
         if abs(across) < 8 and abs(down) < 8:
             break
         page.mouse.wheel(across, down)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import importlib.util
 import json
 import os
 import random
@@ -68,7 +67,6 @@ def test_curl_talks_to_it(server: EmbeddedServer) -> None:
     clients.check_curl(server.url, "tiny", hooked(server, 0.5), 0.5)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("inspect_ai") is None, reason="inspect_ai is not installed")
 def test_inspect_talks_to_it(server: EmbeddedServer, tmp_path: Path) -> None:
     asked = [[{"role": "user", "content": content}] for content in ("Say yes.", "Hello")]
     for way in ({"custom": {"steer_multiplier": 0.5}}, steered({"vector": "warm", "multiplier": 0.5})):
