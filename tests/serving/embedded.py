@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from relseek_resources.serving.guard import Settings
 from relseek_resources.serving.server import create_app
 from relseek_resources.serving.vectors import Configuration
 from relseek_resources.vector_files import write_vectors
+from tests.serving import hostile
 from tests.serving.sockets import listening
 
 CHAT = "/v1/chat/completions"
@@ -51,14 +51,7 @@ class EmbeddedServer:
 
     def raw(self, content: bytes, *, wait: float = 20.0) -> bytes:
         """What comes back for bytes sent as they are, until the server closes or `wait` is over."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=wait) as connection:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                connection.sendall(content)
-            found = b""
-            with contextlib.suppress(TimeoutError, ConnectionResetError):
-                while piece := connection.recv(65536):
-                    found += piece
-            return found
+        return hostile.raw(self.port, content, wait=wait)
 
 
 def steered(*interventions: dict[str, Any]) -> dict[str, Any]:

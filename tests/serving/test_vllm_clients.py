@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,7 +57,6 @@ def test_curl_talks_to_it(server: Server) -> None:
     clients.check_curl(server.url, "smollm2", greedy(server, tokens=8, custom={"steer_multiplier": DOSE}), DOSE)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("inspect_ai") is None, reason="inspect_ai is not installed")
 @pytest.mark.parametrize("way", WAYS)
 def test_inspect_talks_to_it(server: Server, tmp_path: Path, way: dict[str, Any]) -> None:
     replies = clients.inspect_replies(server.url, "smollm2", way, tmp_path)

@@ -59,7 +59,6 @@ def test_chunks_preemption_and_aborts_change_no_reply(tmp_path: Path, vector_fol
         assert len(own) == REPLY and short.max() < 1e-4
         worst = max(worst, float(abs(own - choice["logprobs"]["token_logprobs"]).max()))
     print(f"{REQUESTS} requests, {preempted:.0f} preemptions, log-probabilities within {worst:.1e}")
-    # Looser than the 1e-4 of test_plugin.py: 2.2e-4 was measured, every token the likeliest one. Whether long replies or the second computing are the
-    # cause has not been found out. A token steered by another dose differs by 1e-2 and more.
-    assert worst < 1e-3
+    # As in test_plugin.py. 2.2e-4 was measured here, every token the likeliest one: until the cause is known this fails where vLLM is installed.
+    assert worst < 1e-4
     assert preempted > 0
