@@ -137,7 +137,7 @@ def end_all(process: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.fixture(scope="session")
-def ui(browser: Any, tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:  # noqa: F811
+def ui(chromium: str, tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:  # noqa: F811
     """The UI on a tiny study of which only the pairs, their lengths, the vectors and each site's summary of them are there."""
     platform = _new(Platform(tmp_path_factory.mktemp("browser"), tiny_model_folder))
     done = platform.process("run", "STUDY", "--select", "conversation_lengths", "--select", "site_vector_summary")
@@ -147,14 +147,23 @@ def ui(browser: Any, tiny_model_folder: Path, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="the browser tests need the package playwright")
+def chromium() -> str:
+    """The program; without it, or without the package that drives it, the browser tests are skipped."""
+    pytest.importorskip("playwright.sync_api", reason="the browser tests need the package playwright")
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
     if program is None:
         pytest.skip("the browser tests need Chromium on the PATH")
+    return program
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: str) -> Iterator[Any]:
+    """One a module: while it is there, an event loop runs in this process, and other modules' `asyncio.run` would be refused."""
+    from playwright import sync_api
+
     sync_api.expect.set_options(timeout=WAIT_MS)
     with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=program, args=FLAGS)
+        found = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         yield found
         found.close()
 
@@ -167,10 +176,10 @@ def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def page(browser: Any, ui: Ui, screenshots: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A new window on the UI. Where a test fails, its last sight is among the screenshots."""
-    context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT}, base_url=ui.url, locale="en-GB")
+@contextlib.contextmanager
+def window_on(browser: Any, screenshots: Path, request: pytest.FixtureRequest, base_url: str) -> Iterator[Any]:
+    """A new window. Where a test fails, its last sight is among the screenshots."""
+    context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT}, base_url=base_url, locale="en-GB")
     context.set_default_timeout(WAIT_MS)
     found = context.new_page()
     failed = request.session.testsfailed
@@ -178,3 +187,9 @@ def page(browser: Any, ui: Ui, screenshots: Path, request: pytest.FixtureRequest
     if request.session.testsfailed > failed:
         found.screenshot(path=screenshots / f"failed_{request.node.name}.png")
     context.close()
+
+
+@pytest.fixture
+def page(browser: Any, ui: Ui, screenshots: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
+    with window_on(browser, screenshots, request, ui.url) as found:
+        yield found

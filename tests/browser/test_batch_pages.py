@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.conftest import HEIGHT, WAIT_MS, WIDTH, Ui, serving
+from tests.browser.conftest import Ui, serving, window_on
 from tests.browser.test_ui import RUN_SECONDS, TICK_SECONDS, choose_partition, expect
 from tests.judging.batch_server import BatchServer
 from tests.platform.conftest import finished_session, judged_session  # noqa: F401  (fixtures)
@@ -40,7 +40,7 @@ def server() -> Iterator[BatchServer]:
 
 @pytest.fixture(scope="module")
 def batched(
-    browser: Any,
+    chromium: str,
     server: BatchServer,
     finished_session: Any,  # noqa: F811
     tmp_path_factory: pytest.TempPathFactory,
@@ -59,14 +59,8 @@ def batched(
 
 @pytest.fixture
 def window(browser: Any, batched: Ui, screenshots: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
-    context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT}, base_url=batched.url, locale="en-GB")
-    context.set_default_timeout(WAIT_MS)
-    found = context.new_page()
-    failed = request.session.testsfailed
-    yield found
-    if request.session.testsfailed > failed:
-        found.screenshot(path=screenshots / f"failed_{request.node.name}.png")
-    context.close()
+    with window_on(browser, screenshots, request, batched.url) as found:
+        yield found
 
 
 def ticks(ui: Ui) -> list[Any]:

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.browser.conftest import window_on
+
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.xdist_group("browser")]
 
 PROMPT = "Will you miss me?"
@@ -96,15 +98,9 @@ class Chat:
 
 @pytest.fixture
 def chat(browser: Any, url: str, screenshots: Path, request: pytest.FixtureRequest) -> Iterator[Chat]:
-    context = browser.new_context(viewport={"width": 1400, "height": 900}, locale="en-GB")
-    context.set_default_timeout(60_000)
-    page = context.new_page()
-    found = Chat(page, url)
-    failed = request.session.testsfailed
-    yield found
-    if request.session.testsfailed > failed:
-        page.screenshot(path=screenshots / f"failed_{request.node.name}.png")
-    context.close()
+    with window_on(browser, screenshots, request, url) as page:
+        found = Chat(page, url)
+        yield found
     assert not found.faults, found.faults
 
 
