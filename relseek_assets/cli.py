@@ -102,7 +102,11 @@ def run(study: str, select: tuple[str, ...], dry_run: bool) -> None:
     _print_plan(tasks)
     if dry_run:
         return
-    computed = workspace.run(select, click.echo)
+    computed = more = workspace.run(select, click.echo)
+    while more and workspace.study.judges and workspace.plan(select):
+        click.echo("answers came while this ran: going on with what follows from them")
+        more = workspace.run(select, click.echo)
+        computed += more
     click.echo(f"{workspace.study.name}: {computed} partition{'' if computed == 1 else 's'} computed")
     _say_waiting(workspace, select)
     _say_report(workspace)

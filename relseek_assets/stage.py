@@ -118,6 +118,12 @@ class Work:
     def log(self) -> Any:
         return self.context.log
 
+    @property
+    def beside(self) -> set[str]:
+        """Names of the study's assets that the same run computes, mine among them."""
+        keys = self.context.job_def.asset_layer.executable_asset_keys
+        return {name for name in self.catalogue if self.key(name) in keys}
+
     def key(self, asset: str) -> dg.AssetKey:
         return key_of(self.study, asset)
 

@@ -5,6 +5,7 @@ Here belongs how pieces are spread over processes. What a piece is belongs to th
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from threadpoolctl import threadpool_limits
 
@@ -69,27 +70,64 @@ def _of_one_thread() -> None:
     collect_seldom()
 
 
+def _worth(count: int) -> bool:
+    return count >= (PAIR if _pools or _preparing else FEWEST) and cores() > 1
+
+
+def _ready() -> ProcessPoolExecutor:
+    for thread in _preparing:
+        thread.join()
+    return _started()
+
+
+_begun: list[Future[Any]] = []
+
+
+def at_work(work: Callable[[Piece], Result], pieces: Sequence[Piece]) -> Iterator[Result]:
+    """`work` of each piece, in order, all of them begun in other processes at once, so that this one may do something else before it asks.
+
+    With one core, or too few pieces to start processes for, each is done when it is asked for.
+    """
+    if not _worth(len(pieces)):
+        return map(work, pieces)
+    with _anew_if_broken():
+        pool = _ready()
+        futures = [pool.submit(work, piece) for piece in pieces]
+    _begun[:] = [*(future for future in _begun if not future.done()), *futures]
+    return _results(futures, len(futures))
+
+
 def in_order(work: Callable[[Piece], Result], pieces: Iterable[Piece], count: int) -> Iterator[Result]:
     """`work` of each of `count` pieces, in order, as they are finished; pieces are asked for a few ahead.
 
     With several cores and enough pieces they go to processes that stay for the next call; `work` and the pieces must then be picklable.
     """
-    if count < (PAIR if _pools or _preparing else FEWEST) or cores() == 1:
-        yield from map(work, pieces)
+    if not _worth(count) or sum(not future.done() for future in _begun) >= cores():
+        yield from map(work, pieces)  # what is asked for now is not to wait for all that has been begun
         return
-    for thread in _preparing:
-        thread.join()
-    pool, waiting = _started(), deque[Future[Result]]()
+    pool = _ready()
+    yield from _results((pool.submit(work, piece) for piece in pieces), AHEAD * cores())
+
+
+def _results(futures: Iterable[Future[Result]], ahead: int) -> Iterator[Result]:
+    waiting = deque[Future[Result]]()
     try:
-        for piece in pieces:
-            waiting.append(pool.submit(work, piece))
-            if len(waiting) > AHEAD * cores():
+        with _anew_if_broken():
+            for future in futures:
+                waiting.append(future)
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        _pools.clear()  # one was killed, for want of memory perhaps; the next call starts others
-        raise
     finally:
         for left in waiting:
             left.cancel()
+
+
+@contextlib.contextmanager
+def _anew_if_broken() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool:
+        _pools.clear()  # one was killed, for want of memory perhaps; the next call starts others
+        raise

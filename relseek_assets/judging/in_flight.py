@@ -51,9 +51,14 @@ def ledgers(study: Study, folder: Path) -> dict[Path, LanguageJudge]:
 
 
 def journals(folder: Path, judge: LanguageJudge) -> Path:
-    """Where the answers of a judge that is asked at once are kept: those of one endpoint, with a hash of its address unless it is OpenAI's."""
-    where = (judge.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).rstrip("/")
-    return folder / JOURNALS / (judge.name if where == OPENAI else f"{judge.name}@{content_version(where)[:8]}")
+    """Where the answers of a judge that is asked at once are kept."""
+    return folder / JOURNALS / at_endpoint(judge.name, judge.base_url)
+
+
+def at_endpoint(name: str, base_url: str | None) -> str:
+    """The name of what keeps the answers of one endpoint alone: with a hash of its address unless it is OpenAI's."""
+    where = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).rstrip("/")
+    return name if where == OPENAI else f"{name}@{content_version(where)[:8]}"
 
 
 def journal_path(folder: Path, judge: LanguageJudge, partition: str) -> Path:

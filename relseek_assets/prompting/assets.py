@@ -17,6 +17,7 @@ import pandas as pd
 from relseek_assets import prompting_figures as figures
 from relseek_assets.behaviour import FILES, GradedReply, Rubric, read_graded_replies, read_rubric, read_rubrics, rubric_files
 from relseek_assets.dataset.pairs import evaluation_items
+from relseek_assets.judging.in_flight import at_endpoint
 from relseek_assets.judging.requests import estimate, read_comparison, refuse
 from relseek_assets.partitions import multi_key, step_key
 from relseek_assets.persona_attacks import FILE as PERSONA_ATTACKS
@@ -173,7 +174,8 @@ def writer_of(work: Work, wanted: Prompting, author: str, partition: str | None,
     study, sampling = work.study, sampling_of(work.study)
     declared = next((one for one in wanted.authors if one.name == author), None)
     if declared is not None and declared.kind == "openai":
-        journal = open_files.enter_context(asking.AnswerJournal(work.store.path(work.context.asset_key, partition, "answers.jsonl")))
+        path = work.store.path(work.context.asset_key, partition, f"{at_endpoint(author, declared.base_url)}.answers.jsonl")
+        journal = open_files.enter_context(asking.AnswerJournal(path))
         return authors.EndpointWriter(declared, sampling, journal, report)
     model = work.resources.models.load(study.model_of(wanted.site), work.log)
     if author != STEERED:
@@ -374,7 +376,7 @@ def _refuse_judges(work: Work, judges: Sequence[LanguageJudge], asked: Mapping[t
 
 
 def _ask(work: Work, judge: LanguageJudge, partition: str | None, requests: pd.DataFrame, rubrics: Mapping[str, Rubric]) -> dict[str, Any]:
-    journal = work.store.path(work.context.asset_key, partition, f"{judge.name}.answers.jsonl")
+    journal = work.store.path(work.context.asset_key, partition, f"{at_endpoint(judge.name, judge.base_url)}.answers.jsonl")
     with work.progress(len(requests), "answer", f"{work.me.name} by {judge.name}") as report:
         return rating.ask(requests, judge, rubrics, journal, lambda answer: report())
 

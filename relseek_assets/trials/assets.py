@@ -5,6 +5,7 @@ A file that is absent or faulty makes what reads it empty, with a status that sa
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -16,13 +17,15 @@ from relseek_assets.stage import Stage, Work, png
 from relseek_assets.trial import Trial
 from relseek_assets.trials import covariates, estimates, fdr, frames, instruments, raw, steps, tables
 from relseek_assets.trials.frames import OutcomeFrame
-from relseek_assets.trials.instruments import INSTRUMENTS, SCHEMA, Instrument
+from relseek_assets.trials.instruments import INSTRUMENTS, Instrument
+from relseek_assets.trials.parts import SCHEMA, Begun
 from relseek_assets.trials.raw import TrialFault
 from relseek_resources.processes import FEWEST, in_order, prepare
 from relseek_resources.storage import StorageError
 
 GROUP = "trials"
 _frames: dict[str, tuple[tuple[Any, ...], OutcomeFrame]] = {}
+_begun: dict[str, tuple[tuple[Any, ...], Begun]] = {}  # by instrument: what it is made of, and its parts at work
 
 
 def build(stage: Stage) -> None:
@@ -218,15 +221,12 @@ def build(stage: Stage) -> None:
 
 def published_instrument(stage: Stage, trial: Trial, instrument: Instrument) -> None:
     """An analysis of the published instruments as an asset; parts whose files are absent say so in their row."""
-    declared = tuple(name for name in instrument.tables if name in trial.tables)
+    declared = declared_tables(trial, instrument)
 
     def body(work: Work) -> Iterator[dg.AssetMaterialization]:
-        statuses = {name: work.status("trial_tables", name) for name in declared}
-        there = tuple(name for name, status in statuses.items() if not status)
-        people = work.read_table("trial_participants") if trial.participants else None
-        table = instrument.table(trial, read_tables(work, there), people if people is not None and len(people) else None)
+        table = instrument.table(trial, begun(work, trial, instrument))
         figures = {f"plot_{title}": png(figure) for title, figure in instrument.figures(table, trial).items()}
-        faults = "; ".join(status for status in statuses.values() if status)
+        faults = "; ".join(status for name in declared if (status := work.status("trial_tables", name)))
         yield work.table(None, table, {**figures, "left_out": faults or "nothing"})
 
     body.__name__ = instrument.name
@@ -242,6 +242,34 @@ def published_instrument(stage: Stage, trial: Trial, instrument: Instrument) -> 
         schema=SCHEMA,
         seconds=instrument.seconds,
     )(body)
+
+
+def declared_tables(trial: Trial, instrument: Instrument) -> tuple[str, ...]:
+    """Those raw tables of an instrument that the trial has."""
+    return tuple(name for name in instrument.tables if name in trial.tables)
+
+
+def begun(work: Work, trial: Trial, instrument: Instrument) -> Begun:
+    """An instrument's parts at work. Those of the instruments that the same run computes after it are begun too, so that no core waits while one
+    instrument is drawn and recorded; what was begun of other inputs than there are now is begun again.
+    """
+
+    def made_of(one: Instrument) -> tuple[Any, ...]:
+        tables = [work.version("trial_tables", name) for name in declared_tables(trial, one)]
+        return (work.context.run_id, *tables, work.version("trial_participants") if trial.participants else None)
+
+    def begin(one: Instrument) -> tuple[tuple[Any, ...], Begun]:
+        there = tuple(name for name in declared_tables(trial, one) if not work.status("trial_tables", name))
+        people = work.read_table("trial_participants") if trial.participants else None
+        return made_of(one), one.begin(read_tables(work, there), people if people is not None and len(people) else None)
+
+    if not any(made[0] == work.context.run_id for made, _ in _begun.values()):
+        _begun.clear()
+        for name in sorted(work.beside.intersection(trial.analyses)):  # the order in which Dagster goes through them
+            with contextlib.suppress(StorageError):  # of its own tables, which it will say itself
+                _begun[name] = begin(INSTRUMENTS[name])
+    made, found = _begun.pop(instrument.name, ((), None))
+    return found if found is not None and made == made_of(instrument) else begin(instrument)[1]
 
 
 def by_outcome(

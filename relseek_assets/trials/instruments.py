@@ -7,19 +7,14 @@ Here belongs turning the results of the analyses into rows, also where a table i
 
 from __future__ import annotations
 
-import pickle
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from formulaic.errors import FormulaicError
 from scipy import stats
-from statsmodels.stats.proportion import proportion_confint
 
 from relseek_assets import instrument_figures
 from relseek_assets.trial import Trial
@@ -36,187 +31,31 @@ from relseek_assets.trials import (
     vulnerability,
 )
 from relseek_assets.trials.exact import benjamini_hochberg
-from relseek_assets.trials.participants import CATEGORIES, CLUSTERS, COARSENINGS, DROPOUT, STUDIES, treatment_columns
-from relseek_assets.trials.raw import TrialFault
-from relseek_resources.processes import in_order
-from relseek_resources.storage import Column, TableSchema
-
-SCHEMA = TableSchema(
-    "trial_instruments",
-    (
-        Column("part", "string", "which analysis"),
-        Column("study", "string", "which trial; null where studies are compared", nullable=True),
-        Column("grouping", "string", "treatment, model or scope", nullable=True),
-        Column("outcome", "string", "what was measured", nullable=True),
-        Column("term", "string", "level, comparison or coefficient", nullable=True),
-        Column("estimate", "number", "point estimate", "outcome", nullable=True),
-        Column("se", "number", "standard error", "outcome", nullable=True, low=0),
-        Column("df", "number", "degrees of freedom; null for z", nullable=True, low=0),
-        Column("statistic", "number", "of the test", nullable=True),
-        Column("p", "number", "two-sided unless the method says otherwise", nullable=True, low=0, high=1),
-        Column("p_adjusted", "number", "by Benjamini-Hochberg within the part's family", nullable=True, low=0, high=1),
-        Column("lower", "number", "lower end of the 95% interval", "outcome", nullable=True),
-        Column("upper", "number", "upper end of the 95% interval", "outcome", nullable=True),
-        Column("n", "integer", "rows or participants analysed", nullable=True, low=0),
-        Column("method", "string", "how the estimate and its interval were made", nullable=True),
-        Column("note", "string", "why a number is missing", nullable=True),
-        Column("details", "json", "further numbers of a published table", nullable=True),
-    ),
-    ("part", "study", "grouping", "outcome", "term"),
-)
-COLUMNS = SCHEMA.names
-NUMBERS = tuple(column.name for column in SCHEMA.columns if column.kind in ("number", "integer"))
-PEOPLE = "participants"  # the table of covariates, which is made of several raw tables
-
-# What faulty input makes the analyses and their libraries raise; anything else is a mistake of ours and stops the asset.
-FAULTS = (ValueError, LookupError, ArithmeticError, FormulaicError)
-
-Tables = Mapping[str, pd.DataFrame]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One analysis of an instrument: the tables without which it cannot be done (`PEOPLE` among them), and its rows."""
-
-    name: str
-    needs: tuple[str, ...]
-    rows: Callable[[Inputs], pd.DataFrame]
-    outcome: str | None = None
+from relseek_assets.trials.participants import CATEGORIES, CLUSTERS, STUDIES, treatment_columns
+from relseek_assets.trials.parts import PEOPLE, Begun, Inputs, Part, Tables, mean_of, objects, rows_of, shares_of, text_of
 
 
 @dataclass(frozen=True)
 class Instrument:
-    """A published instrument as an asset: the raw tables that it reads, its rows, its figures as base64 PNG, and a stated time in seconds."""
+    """A published instrument as an asset: the raw tables that it reads, its parts and what is done to their rows in the end, its figures as base64
+    PNG, and a stated time in seconds.
+    """
 
     name: str
     description: str
     tables: tuple[str, ...]
-    make: Callable[[Tables, pd.DataFrame | None], pd.DataFrame]
+    parts: tuple[Part, ...]
     figures: Callable[[pd.DataFrame, Trial], dict[str, str]]
     seconds: float
+    finish: Callable[[pd.DataFrame], pd.DataFrame] = lambda rows: rows
 
-    def table(self, trial: Trial, tables: Tables, people: pd.DataFrame | None) -> pd.DataFrame:
-        """`make`, with the files that the trial declares in the place of the names of absent tables."""
-        found = self.make(tables, people)
-        return found.assign(note=_objects(_with_files(note, trial) for note in found["note"]))
+    def begin(self, tables: Tables, people: pd.DataFrame | None) -> Begun:
+        return Begun(self.parts, tables, people)
 
-
-class Inputs:
-    """Tables under the column names of the raw files, and what several parts make of them."""
-
-    def __init__(self, tables: Tables, covariates: pd.DataFrame | None) -> None:
-        self.tables = {name: _as_published(table) for name, table in tables.items()}
-        self._covariates = covariates
-
-    def __getitem__(self, name: str) -> pd.DataFrame:
-        return self.tables[name]
-
-    def lacks(self, needs: Iterable[str]) -> list[str]:
-        wanted = dict.fromkeys(table for name in needs for table in ((PEOPLE, "metadata_with_dropout") if name == PEOPLE else (name,)))
-        return [name for name in wanted if (self._covariates is None if name == PEOPLE else name not in self.tables)]
-
-    @cached_property
-    def people(self) -> pd.DataFrame:
-        """The merged participant table: covariates as levels whose first is the reference, and the arms."""
-        assert self._covariates is not None, "lacks() was not asked"
-        found = _as_published(self._covariates)
-        arms = self["metadata_with_dropout"][["ppt_id", "multiplier", "domain", "personalisation"]]
-        found = found.merge(arms, on="ppt_id", how="left", validate="one_to_one")
-        levels = {item.name: item.levels for item in COARSENINGS} | {"cluster_name": CLUSTERS}
-        for name in found.columns.intersection(list(levels)):
-            found[name] = pd.Categorical(found[name].astype(object), categories=list(levels[name]))
-        return treatment_columns(found.astype(dict.fromkeys(found.columns.intersection(list(DROPOUT)), bool)))
-
-    @cached_property
-    def liking(self) -> pd.Series:
-        return profiles.liking_slopes(self["preferences"])
-
-    @cached_property
-    def wanting(self) -> dict[str, pd.Series]:
-        """By the name of what is wanted: slopes of separation distress, changes of seeking companionship; those whose table is there."""
-        found: dict[str, pd.Series] = {}
-        if "attachment" in self.tables:
-            found["separation_distress"] = profiles.wanting_slopes(self["attachment"])
-        if "seeking_companionship" in self.tables:
-            found["seeking_companionship"] = profiles.seeking_changes(self["seeking_companionship"])
-        return found
-
-    @cached_property
-    def profiles(self) -> dict[str, pd.DataFrame]:
-        return {name: profiles.profiles(self.liking, slopes, standardised=name != "separation_distress") for name, slopes in self.wanting.items()}
-
-    @cached_property
-    def last(self) -> pd.DataFrame:
-        return profiles.last_measures(self["attachment"], self["seeking_companionship"], self["goodbye"])
-
-    @cached_property
-    def ratings(self) -> pd.DataFrame:
-        return calibration.composites(self["calibration_ratings"])
-
-    @cached_property
-    def panel(self) -> pd.DataFrame:
-        return frontier.panel(frontier.with_releases(self["frontier_scores"], self["frontier_models"]))
-
-    @cached_property
-    def vector(self) -> pd.DataFrame:
-        return frontier.vector_scores(self["frontier_vector"].rename(columns={"relationship_score": "score"}))
-
-
-def _as_published(table: pd.DataFrame) -> pd.DataFrame:
-    # A table without studies of its own has an empty column; the analyses then take the study from the participants.
-    empty = [name for name in ("study",) if name in table and table[name].isna().all()]
-    return table.drop(columns=empty).rename(columns={"participant": "ppt_id", "dose": "multiplier"})
-
-
-# --- rows -------------------------------------------------------------------------------------------------------------
-
-
-def _rows(part: str, found: pd.DataFrame | Iterable[Mapping[str, Any]], details: Sequence[str] = ()) -> pd.DataFrame:
-    """`found` as rows of a part; columns named in `details` go there, others that the schema lacks are left out."""
-    table = (found if isinstance(found, pd.DataFrame) else pd.DataFrame(list(found))).reset_index(drop=True)
-    if details:
-        table = table.assign(details=pd.Series(table[list(details)].to_dict("records"), dtype=object, index=table.index))
-    return table.assign(part=part).reindex(columns=list(COLUMNS)).astype(object)
-
-
-def _tidied(rows: pd.DataFrame) -> pd.DataFrame:
-    """Texts or null, numbers or null: an infinite number becomes null, and the note says so."""
-    table = rows.reset_index(drop=True).copy()
-    for name in set(COLUMNS) - set(NUMBERS) - {"details"}:
-        table[name] = _objects(None if _missing(value) or value == "" else _text(value) for value in table[name])
-    numbers = table[list(NUMBERS)].astype(float)
-    endless = np.isinf(numbers.drop(columns="df")).any(axis=1)  # a z test has infinitely many degrees of freedom: null by the schema
-    table.loc[endless & table["note"].isna(), "note"] = "infinite"
-    table[list(NUMBERS)] = numbers.replace([np.inf, -np.inf], np.nan)
-    table["details"] = _objects(None if _missing(value) else _plain(value) for value in table["details"])
-    return table
-
-
-def _objects(values: Iterable[Any]) -> pd.Series:
-    """A column that keeps None, which pandas would make NaN beside texts."""
-    return pd.Series(list(values), dtype=object)
-
-
-def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _missing(value: Any) -> bool:
-    return value is None or value is pd.NA or (isinstance(value, float) and not np.isfinite(value))
-
-
-def _plain(value: Any) -> Any:
-    """A value that JSON can hold, numbers that it cannot as null."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [_plain(item) for item in value]
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if _missing(value) else value
-
-
-def _nothing(part: Part, note: str) -> pd.DataFrame:
-    return _rows(part.name, [{"outcome": part.outcome, "note": note}])
+    def table(self, trial: Trial, begun: Begun) -> pd.DataFrame:
+        """The rows of what was begun, with the files that the trial declares in the place of the names of absent tables."""
+        found = self.finish(begun.rows())
+        return found.assign(note=objects(_with_files(note, trial) for note in found["note"]))
 
 
 def _with_files(note: str | None, trial: Trial) -> str | None:
@@ -225,48 +64,6 @@ def _with_files(note: str | None, trial: Trial) -> str | None:
     names = note.removeprefix("absent: ").split(", ")
     files = [trial.tables[name].file if name in trial.tables else f"{name} (no table of the study file)" for name in names if name != PEOPLE]
     return "absent: " + ", ".join([*files, *(["the table of participants"] if PEOPLE in names else [])])
-
-
-def _make(parts: Sequence[Part], tables: Tables, people: pd.DataFrame | None) -> pd.DataFrame:
-    """All parts' rows, `SCHEMA`; a part whose tables are absent, or at fault, is one row that says so. Parts go to every core."""
-    inputs = Inputs(tables, people)
-    there = [part for part in parts if not inputs.lacks(part.needs)]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "inputs"  # read once by each process; with every part it would be sent as often as there are parts
-        file.write_bytes(pickle.dumps(inputs, pickle.HIGHEST_PROTOCOL))
-        made = in_order(_part_rows, ((file, part) for part in there), len(there))
-        found = [next(made) if part in there else _nothing(part, "absent: " + ", ".join(inputs.lacks(part.needs))) for part in parts]
-    return _tidied(pd.concat(found, ignore_index=True))
-
-
-def _part_rows(piece: tuple[Path, Part]) -> pd.DataFrame:
-    """A part's rows in any process, which keeps what it makes of the inputs for its next part."""
-    file, part = piece
-    try:
-        return part.rows(_inputs_of(file))
-    except FAULTS as fault:
-        return _nothing(part, str(fault) if isinstance(fault, TrialFault) else f"{type(fault).__name__}: {fault}")
-
-
-@lru_cache(maxsize=1)
-def _inputs_of(file: Path) -> Inputs:
-    found: Inputs = pickle.loads(file.read_bytes())
-    return found
-
-
-def _share(count: int, n: int) -> dict[str, Any]:
-    lower, upper = proportion_confint(count, n, method="beta")
-    share = count / n
-    return {"estimate": share, "se": np.sqrt(share * (1 - share) / n), "lower": lower, "upper": upper, "n": n, "method": "share, Clopper-Pearson"}
-
-
-def _mean(values: pd.Series | np.ndarray) -> dict[str, Any]:
-    numbers = np.asarray(values, dtype=float)
-    n, mean, sd = len(numbers), float(numbers.mean()), float(numbers.std(ddof=1)) if len(numbers) > 1 else np.nan
-    se = sd / np.sqrt(n)
-    reach = stats.t.ppf(0.975, n - 1) * se if n > 1 else np.nan
-    described = {"sd": sd, "min": float(numbers.min()), "max": float(numbers.max())}
-    return {"estimate": mean, "se": se, "df": n - 1, "lower": mean - reach, "upper": mean + reach, "n": n, "method": "mean, t", "details": described}
 
 
 # --- comparisons ------------------------------------------------------------------------------------------------------
@@ -286,8 +83,8 @@ def _goodbye_by_dose(inputs: Inputs) -> pd.DataFrame:
     shared = {"grouping": "lambda_factor", "outcome": "goodbye_action"}
     return pd.concat(
         [
-            _rows("goodbye by dose", means.assign(term=means["lambda_factor"], **shared), ["log_odds"]),
-            _rows("goodbye odds ratios", ratios.assign(term=ratios["contrast"], **shared), ["log_odds"]),
+            rows_of("goodbye by dose", means.assign(term=means["lambda_factor"], **shared), ["log_odds"]),
+            rows_of("goodbye odds ratios", ratios.assign(term=ratios["contrast"], **shared), ["log_odds"]),
         ]
     )
 
@@ -298,7 +95,7 @@ def _chi_squared(source: str, inputs: Inputs) -> pd.DataFrame:
     for outcome in CHI_SQUARED[source]:
         tests = comparisons.treatment_tests(data, outcome)
         study = tests["scope"].where(tests["scope"] != "cross_study", None)
-        tables.append(_rows("chi-squared", tests.assign(study=study, grouping=tests["treatment"], term="association"), ["min_expected"]))
+        tables.append(rows_of("chi-squared", tests.assign(study=study, grouping=tests["treatment"], term="association"), ["min_expected"]))
         for scope, treatment in zip(tests["scope"], tests["treatment"], strict=True):
             members = data if scope == "cross_study" else data[data["study"] == scope]
             tables.append(_answers(comparisons.breakdown(members, outcome, treatment), None if scope == "cross_study" else scope))
@@ -309,18 +106,18 @@ def _answers(counts: pd.DataFrame, study: str | None) -> pd.DataFrame:
     """Shares of a group's participants who gave an answer; study: theirs, None where the groups are the studies."""
     asked = counts.groupby("group")["n"].transform("sum")
     rows = []
-    for row, n in zip(counts.to_dict("records"), asked, strict=True):
-        group, level = row["group"], _text(row["level"])
+    for row, share in zip(counts.to_dict("records"), shares_of(counts["n"], asked), strict=True):
+        group, level = row["group"], text_of(row["level"])
         within = {"study": group, "term": level} if study is None else {"study": study, "term": f"{group}: {level}"}
         key = {**within, "grouping": row["treatment"], "outcome": row["outcome"]}
         details = {"group": group, "level": level, "count": row["n"], "percentage": row["percentage"]}
-        rows.append({**key, **_share(int(row["n"]), int(n)), "details": details})
-    return _rows("answers", rows)
+        rows.append({**key, **share, "details": details})
+    return rows_of("answers", rows)
 
 
 def _companionship_users(inputs: Inputs) -> pd.DataFrame:
     found = secondary_outcomes.companionship_users(inputs["seeking_companionship"], inputs.people)
-    return _rows("companionship users", found.assign(study="longitudinal", outcome="companionship_user"))
+    return rows_of("companionship users", found.assign(study="longitudinal", outcome="companionship_user"))
 
 
 def _between(part: str, tests: pd.DataFrame) -> pd.DataFrame:
@@ -330,12 +127,12 @@ def _between(part: str, tests: pd.DataFrame) -> pd.DataFrame:
     clustered = tests["method"].str.startswith("CR2")
     found = tests.assign(study=scope[0], grouping=grouping, term=tests["group1"] + " - " + tests["group2"])
     parts = [(part, ~clustered), (f"{part}, clustered", clustered)]
-    return pd.concat([_rows(name, found[chosen], TWO_SAMPLE_DETAILS) for name, chosen in parts if chosen.any()])
+    return pd.concat([rows_of(name, found[chosen], TWO_SAMPLE_DETAILS) for name, chosen in parts if chosen.any()])
 
 
 def _changes(part: str, tests: pd.DataFrame) -> pd.DataFrame:
     scope = tests["scope"].str.split(" ", n=1, expand=True).reindex(columns=[0, 1])
-    return _rows(part, tests.assign(study=scope[0], grouping=scope[1], term="mean"), ["mean", "sd"])
+    return rows_of(part, tests.assign(study=scope[0], grouping=scope[1], term="mean"), ["mean", "sd"])
 
 
 def _relational(inputs: Inputs) -> pd.DataFrame:
@@ -354,7 +151,7 @@ def _closeness(inputs: Inputs) -> pd.DataFrame:
 
 def _cross_study_change(people: pd.DataFrame, outcomes: Sequence[str]) -> pd.DataFrame:
     found = secondary_outcomes.cross_study_change(people, {name: (f"pre_{name}", f"post_{name}") for name in outcomes})
-    return _rows("cross-study change", found.assign(grouping=found["model"]))
+    return rows_of("cross-study change", found.assign(grouping=found["model"]))
 
 
 def _cross_study_factors(inputs: Inputs) -> pd.DataFrame:
@@ -370,7 +167,7 @@ def _cross_study_scales(inputs: Inputs) -> pd.DataFrame:
 
 
 def _cross_study_goodbye(inputs: Inputs) -> pd.DataFrame:
-    return _rows("cross-study goodbye", secondary_outcomes.cross_study_goodbye(inputs["goodbye"]).assign(grouping="study"))
+    return rows_of("cross-study goodbye", secondary_outcomes.cross_study_goodbye(inputs["goodbye"]).assign(grouping="study"))
 
 
 COMPARISONS = (
@@ -394,9 +191,9 @@ BINS = 24  # of either axis of a density
 def _change_summary(outcome: str, slopes: pd.Series, arms: pd.DataFrame) -> pd.DataFrame:
     """Distribution of participants' slopes, of everyone and by category of the dose."""
     category = slopes.index.to_series().map(treatment_columns(arms.drop_duplicates("ppt_id")).set_index("ppt_id")["relationship_seeking_category"])
-    rows = [{"term": "everyone", **_mean(slopes)}]
-    rows += [{"term": level, **_mean(slopes[category == level])} for level in CATEGORIES if (category == level).any()]
-    return _rows("slopes", [{"study": "longitudinal", "outcome": outcome, **row} for row in rows])
+    rows = [{"term": "everyone", **mean_of(slopes)}]
+    rows += [{"term": level, **mean_of(slopes[category == level])} for level in CATEGORIES if (category == level).any()]
+    return rows_of("slopes", [{"study": "longitudinal", "outcome": outcome, **row} for row in rows])
 
 
 def _liking(inputs: Inputs) -> pd.DataFrame:
@@ -409,13 +206,12 @@ def _wanting(name: str, table: str, inputs: Inputs) -> pd.DataFrame:
 
 def _profile_sizes(wanting: str, inputs: Inputs) -> pd.DataFrame:
     found = inputs.profiles[wanting]
-    counts = found["behaviour_category"].value_counts()
+    counts = found["behaviour_category"].value_counts().reindex(profiles.CATEGORIES, fill_value=0)
     rows = [
-        {"study": "longitudinal", "outcome": wanting, "term": category, **_share(int(counts[category]), len(found))}
-        | {"details": {"count": int(counts[category])}}
-        for category in profiles.CATEGORIES
+        {"study": "longitudinal", "outcome": wanting, "term": category, **share, "details": {"count": int(counts[category])}}
+        for category, share in zip(counts.index, shares_of(counts, [len(found)] * len(counts)), strict=True)
     ]
-    return _rows("profile sizes", rows)
+    return rows_of("profile sizes", rows)
 
 
 def _profile_comparisons(wanting: str, table: str, inputs: Inputs) -> pd.DataFrame:
@@ -424,13 +220,13 @@ def _profile_comparisons(wanting: str, table: str, inputs: Inputs) -> pd.DataFra
     harm = found[found["term"] == "harm"].set_index("grouping")["estimate"]
     risks = found["term"] == "risk_difference"
     details = [{"nnh": harm[grouping]} if risk else None for grouping, risk in zip(found["grouping"], risks, strict=True)]
-    return _rows("profile comparisons", found.assign(details=pd.Series(details, dtype=object)))
+    return rows_of("profile comparisons", found.assign(details=pd.Series(details, dtype=object)))
 
 
 def _profile_outcomes(inputs: Inputs) -> pd.DataFrame:
     found = profiles.profile_outcomes(inputs.profiles["separation_distress"], inputs.last)
     found = found.assign(study="longitudinal", grouping=found["behaviour_category"], outcome=found["measure"], term="mean", method="mean")
-    return _rows("profile outcomes", found, ["sd"])
+    return rows_of("profile outcomes", found, ["sd"])
 
 
 def _predictions(inputs: Inputs) -> pd.DataFrame:
@@ -440,7 +236,7 @@ def _predictions(inputs: Inputs) -> pd.DataFrame:
         ("goodbye_action", profiles.distress_predicts_goodbye),
     ):
         found = predict(inputs.last)
-        tables.append(_rows("distress predicts", found.assign(study="longitudinal", grouping=found["analysis"], outcome=outcome)))
+        tables.append(rows_of("distress predicts", found.assign(study="longitudinal", grouping=found["analysis"], outcome=outcome)))
     return pd.concat(tables)
 
 
@@ -457,7 +253,7 @@ def _slope_density(inputs: Inputs) -> pd.DataFrame:
         counts = np.histogram2d(slopes[:, 0], slopes[:, 1], bins=edges)[0].astype(int)
         details = {"liking_edges": edges[0], "wanting_edges": edges[1], "counts": counts, "means": slopes.mean(axis=0) if len(slopes) else [None] * 2}
         rows.append({"study": "longitudinal", "grouping": level, "outcome": "separation_distress", "n": len(slopes), "details": details})
-    return _rows("slope density", rows)
+    return rows_of("slope density", rows)
 
 
 def _around_zero(slopes: pd.Series) -> tuple[float, float]:
@@ -484,7 +280,7 @@ PROFILES = (
 def _vulnerability(outcome: vulnerability.VulnerabilityOutcome, inputs: Inputs) -> pd.DataFrame:
     rows = vulnerability.outcome_rows(outcome, inputs[outcome.table], inputs.people)
     found = vulnerability.adjusted([vulnerability.fit_outcome(outcome, rows)])
-    return _rows("vulnerability", found.assign(study="longitudinal", grouping=found["kind"], p_adjusted=found["p_within"]))
+    return rows_of("vulnerability", found.assign(study="longitudinal", grouping=found["kind"], p_adjusted=found["p_within"]))
 
 
 VULNERABILITY = tuple(
@@ -492,9 +288,8 @@ VULNERABILITY = tuple(
 )
 
 
-def _make_vulnerability(tables: Tables, people: pd.DataFrame | None) -> pd.DataFrame:
-    """All outcomes, their terms also adjusted over the outcomes that are there, main effects and interactions apart (spec section 8)."""
-    rows = _make(VULNERABILITY, tables, people)
+def _adjusted_over_outcomes(rows: pd.DataFrame) -> pd.DataFrame:
+    """Terms adjusted also over the outcomes that are there, main effects and interactions apart (spec section 8)."""
     for _, family in rows[rows["term"].notna()].groupby("grouping"):
         adjusted = benjamini_hochberg(family["p"])
         outcomes = int(family["outcome"].nunique())
@@ -511,22 +306,24 @@ DROPPED = "post_treatment_dropout"
 def _dropout_rates(inputs: Inputs) -> pd.DataFrame:
     found = attrition.dropout_rates(inputs.people)
     whole = found[found["treatment"] == attrition.ARMS[0]].groupby("study", as_index=False, sort=False)[["dropped", "n"]].sum()
+    groups = [*whole.to_dict("records"), *found.to_dict("records")]
+    shares = shares_of((row["dropped"] for row in groups), (row["n"] for row in groups))
     rows = [
         {"study": row["study"], "grouping": row.get("treatment"), "outcome": DROPPED, "term": row.get("level", "everyone")}
-        | {**_share(int(row["dropped"]), int(row["n"])), "details": {"dropped": row["dropped"]}}
-        for row in [*whole.to_dict("records"), *found.to_dict("records")]
+        | {**share, "details": {"dropped": row["dropped"]}}
+        for row, share in zip(groups, shares, strict=True)
     ]
-    return _rows("dropout rates", rows)
+    return rows_of("dropout rates", rows)
 
 
 def _differential_attrition(inputs: Inputs) -> pd.DataFrame:
     found = attrition.differential_attrition(inputs.people)
-    return _rows("differential attrition", found.assign(grouping=found["treatment"], outcome=DROPPED, term="largest difference"))
+    return rows_of("differential attrition", found.assign(grouping=found["treatment"], outcome=DROPPED, term="largest difference"))
 
 
 def _balance(inputs: Inputs) -> pd.DataFrame:
     found = attrition.balance_tests(inputs.people)
-    return _rows("balance", found.assign(grouping=found["treatment"], outcome=found["covariate"], term="any difference"), ["se_p"])
+    return rows_of("balance", found.assign(grouping=found["treatment"], outcome=found["covariate"], term="any difference"), ["se_p"])
 
 
 def _weights(study: str, inputs: Inputs) -> pd.DataFrame:
@@ -538,9 +335,9 @@ def _weights(study: str, inputs: Inputs) -> pd.DataFrame:
     for name in ("ipw_weight", "ipw_weight_truncated"):
         values = weights[name]
         effective = values.sum() ** 2 / (values**2).sum()
-        row = {"study": study, "outcome": name, "term": "mean", **_mean(values)}
+        row = {"study": study, "outcome": name, "term": "mean", **mean_of(values)}
         rows.append(row | {"details": {**row["details"], "effective_n": effective, "at_limit": int((values >= attrition.HEAVIEST).sum())}})
-    return pd.concat([_rows("dropout model", model.assign(study=study, outcome=DROPPED)), _rows("weights", rows)])
+    return pd.concat([rows_of("dropout model", model.assign(study=study, outcome=DROPPED)), rows_of("weights", rows)])
 
 
 ATTRITION = (
@@ -573,19 +370,19 @@ def _psychosocial_factors(inputs: Inputs) -> pd.DataFrame:
     ]
     indices.append({"grouping": "factor correlation", "outcome": "F1, F2", "estimate": found.factor_correlations[0, 1], "n": n, "method": method})
     return pd.concat(
-        [_loadings("psychosocial loadings", found.loadings, n, method), _rows("psychosocial fit", indices), _score_summary("made", found.scores)]
+        [_loadings("psychosocial loadings", found.loadings, n, method), rows_of("psychosocial fit", indices), _score_summary("made", found.scores)]
     )
 
 
 def _loadings(part: str, loadings: pd.DataFrame, n: int, method: str) -> pd.DataFrame:
     long = loadings.melt("item", var_name="term", value_name="estimate").rename(columns={"item": "outcome"})
-    return _rows(part, long.assign(n=n, method=method))
+    return rows_of(part, long.assign(n=n, method=method))
 
 
 def _score_summary(source: str, scores: pd.DataFrame) -> pd.DataFrame:
     """Means of the scores before and after, and how the factors correlate before; source: made here, or imported."""
     rows = [
-        {"grouping": source, "outcome": f"{time}_{name}", "term": "mean", **_mean(scores[f"{time}_{name}"].dropna())}
+        {"grouping": source, "outcome": f"{time}_{name}", "term": "mean", **mean_of(scores[f"{time}_{name}"].dropna())}
         for time in ("pre", "post")
         for name in FACTORS
     ]
@@ -594,7 +391,7 @@ def _score_summary(source: str, scores: pd.DataFrame) -> pd.DataFrame:
     interval = found.confidence_interval()
     row = {"grouping": source, "outcome": "pre_psychosocial_F1, pre_psychosocial_F2", "term": "correlation", "estimate": found.statistic}
     rows.append(row | {"p": found.pvalue, "lower": interval.low, "upper": interval.high, "n": len(both), "method": "Pearson"})
-    return _rows("psychosocial scores", rows)
+    return rows_of("psychosocial scores", rows)
 
 
 def _imported_scores(inputs: Inputs) -> pd.DataFrame:
@@ -616,8 +413,8 @@ def _pre_treatment_types(inputs: Inputs) -> pd.DataFrame:
     return pd.concat(
         [
             _loadings("type loadings", found.loadings, n, method),
-            _rows("type fit", variance),
-            _rows("type fit", clusterings, ["chosen"]),
+            rows_of("type fit", variance),
+            rows_of("type fit", clusterings, ["chosen"]),
             _types("made", found.types),
         ]
     )
@@ -627,15 +424,15 @@ def _types(source: str, types: pd.DataFrame) -> pd.DataFrame:
     """Sizes of the clusters and their first factor score; source: made here, or imported."""
     counts = types["cluster_name"].value_counts()
     rows = [
-        {"grouping": source, "outcome": "cluster_name", "term": name, **_share(int(count), len(types)), "details": {"count": int(count)}}
-        for name, count in counts.items()
+        {"grouping": source, "outcome": "cluster_name", "term": name, **share, "details": {"count": int(count)}}
+        for (name, count), share in zip(counts.items(), shares_of(counts, [len(types)] * len(counts)), strict=True)
     ]
     scores = {name: types.loc[types["cluster_name"] == name, "factor_1_score"].dropna() for name in counts.index}
-    rows += [{"grouping": source, "outcome": "factor_1_score", "term": name, **_mean(values)} for name, values in scores.items()]
-    table = _rows("types", rows)
+    rows += [{"grouping": source, "outcome": "factor_1_score", "term": name, **mean_of(values)} for name, values in scores.items()]
+    table = rows_of("types", rows)
     if set(scores) != set(CLUSTERS):
         return table
-    return pd.concat([table, _rows("types", [{"grouping": source, "outcome": "factor_1_score", **_difference_of_types(scores)}])])
+    return pd.concat([table, rows_of("types", [{"grouping": source, "outcome": "factor_1_score", **_difference_of_types(scores)}])])
 
 
 def _difference_of_types(scores: Mapping[str, pd.Series]) -> dict[str, Any]:
@@ -668,7 +465,7 @@ def _topic_ranks(inputs: Inputs) -> pd.DataFrame:
     reach = stats.t.ppf(0.975, found["n"] - 1) * found["se"]
     ends = {"lower": found["mean"] - reach, "upper": found["mean"] + reach}
     found = found.assign(outcome="reversed rank", term=found["topic"], estimate=found["mean"], **ends, df=found["n"] - 1, method="mean, t")
-    return _rows("topic ranks", found, ["sd"])
+    return rows_of("topic ranks", found, ["sd"])
 
 
 def _topic_matches(source: str, inputs: Inputs) -> pd.DataFrame:
@@ -680,7 +477,7 @@ def _topic_matches(source: str, inputs: Inputs) -> pd.DataFrame:
     found = topics.match_shares(groups)
     found = found.assign(grouping=f"{source} " + found["domain"], outcome=found["match"], term="share", estimate=found["share"])
     se = np.sqrt(found["share"] * (1 - found["share"]) / found["n"])
-    return _rows("topic matches", found.assign(se=se, method="share, Clopper-Pearson"), ["matched", "domain"])
+    return rows_of("topic matches", found.assign(se=se, method="share, Clopper-Pearson"), ["matched", "domain"])
 
 
 def _sociodemographics(inputs: Inputs) -> pd.DataFrame:
@@ -688,23 +485,17 @@ def _sociodemographics(inputs: Inputs) -> pd.DataFrame:
     found = topics.sociodemographic_counts(asked)
     asked_of = found.groupby(["study", "characteristic"])["n"].transform("sum")
     rows = [
-        {
-            "study": row["study"],
-            "outcome": row["characteristic"],
-            "term": row["answer"],
-            **_share(int(row["n"]), int(n)),
-            "details": {"count": row["n"]},
-        }
-        for row, n in zip(found.to_dict("records"), asked_of, strict=True)
+        {"study": row["study"], "outcome": row["characteristic"], "term": row["answer"], **share, "details": {"count": row["n"]}}
+        for row, share in zip(found.to_dict("records"), shares_of(found["n"], asked_of), strict=True)
     ]
-    return _rows("sociodemographics", rows)
+    return rows_of("sociodemographics", rows)
 
 
 def _condition_sizes(inputs: Inputs) -> pd.DataFrame:
     found = topics.condition_sizes(inputs["metadata_with_dropout"])
     labels = [f"{row.multiplier:g}, {row.domain}, {row.personalisation}" for row in found.itertuples()]
     found = found.assign(grouping="arm", outcome="participants", term=labels, estimate=found["n"], method="count")
-    return _rows("condition sizes", found, ["multiplier", "domain", "personalisation"])
+    return rows_of("condition sizes", found, ["multiplier", "domain", "personalisation"])
 
 
 TOPICS = (
@@ -728,7 +519,9 @@ def _rating_models(inputs: Inputs) -> pd.DataFrame:
     criteria = compared.melt(["composite", "model", "n", "singular", "reported"], ["aic", "bic", "rmse"], var_name="term", value_name="estimate")
     criteria = criteria.assign(grouping=criteria["model"], outcome=criteria["composite"], method="restricted likelihood")
     shared = {"study": "calibration"}
-    return pd.concat([_rows("mixed models", terms.assign(**shared)), _rows("model comparison", criteria.assign(**shared), ["singular", "reported"])])
+    return pd.concat(
+        [rows_of("mixed models", terms.assign(**shared)), rows_of("model comparison", criteria.assign(**shared), ["singular", "reported"])]
+    )
 
 
 def _rating_means(inputs: Inputs) -> pd.DataFrame:
@@ -737,8 +530,8 @@ def _rating_means(inputs: Inputs) -> pd.DataFrame:
     rows = []
     for composite in calibration.COMPOSITES:
         for dose, values in own.dropna(subset=[composite]).groupby("multiplier")[composite]:
-            rows.append({"study": "calibration", "grouping": "participants", "outcome": composite, "term": f"{dose:g}", **_mean(values)})
-    return _rows("rating means", rows)
+            rows.append({"study": "calibration", "grouping": "participants", "outcome": composite, "term": f"{dose:g}", **mean_of(values)})
+    return rows_of("rating means", rows)
 
 
 def _worths(inputs: Inputs) -> pd.DataFrame:
@@ -753,7 +546,7 @@ def _worths(inputs: Inputs) -> pd.DataFrame:
             ends = {"estimate": found["log_worth"], "lower": found["log_worth"] - reach, "upper": found["log_worth"] + reach}
             tables.append(found.assign(grouping=variant, outcome=ranking_type, term=_doses(found), **ends))
     method = "Plackett-Luce against dose 0, quasi-variance interval"
-    return _rows("log-worths", pd.concat(tables).assign(study="calibration", method=method), ["quasi_se"])
+    return rows_of("log-worths", pd.concat(tables).assign(study="calibration", method=method), ["quasi_se"])
 
 
 def _win_rates(inputs: Inputs) -> pd.DataFrame:
@@ -762,10 +555,10 @@ def _win_rates(inputs: Inputs) -> pd.DataFrame:
         lists = rankings.long_rankings(inputs["calibration_rankings"], ranking_type)
         rates, pairs = rankings.win_rates(lists), rankings.pairwise_wins(lists)
         rates = rates.assign(outcome=ranking_type, term=_doses(rates), estimate=rates["win_rate"], grouping="mean over opponents")
-        tables.append(_rows("win rates", rates.assign(study="calibration", method="bootstrap over participants")))
+        tables.append(rows_of("win rates", rates.assign(study="calibration", method="bootstrap over participants")))
         opponents = "against " + pairs["opponent"].map("{:g}".format)
         pairs = pairs.assign(outcome=ranking_type, grouping=opponents, term=_doses(pairs), estimate=pairs["share"])
-        tables.append(_rows("pairwise wins", pairs.assign(study="calibration", method="share")))
+        tables.append(rows_of("pairwise wins", pairs.assign(study="calibration", method="share")))
     return pd.concat(tables)
 
 
@@ -789,20 +582,20 @@ SCORE = "relationship_score"
 def _trend(inputs: Inputs) -> pd.DataFrame:
     found = frontier.trend(inputs.panel)
     found = found.assign(grouping=found["model"], outcome=SCORE, term="years", method=found["model"])
-    return _rows("trend", found, ["r_squared", "models", "providers"])
+    return rows_of("trend", found, ["r_squared", "models", "providers"])
 
 
 def _models(inputs: Inputs) -> pd.DataFrame:
     rows = []
     for (model, provider, released, years), values in inputs.panel.groupby(["model_name", "provider", "released", "years"])["score"]:
-        row = {"grouping": provider, "outcome": SCORE, "term": model, **_mean(values)}
+        row = {"grouping": provider, "outcome": SCORE, "term": model, **mean_of(values)}
         rows.append(row | {"details": {"released": released.date().isoformat(), "years": years, "year": released.year}})
-    return _rows("model means", rows)
+    return rows_of("model means", rows)
 
 
 def _vector(inputs: Inputs) -> pd.DataFrame:
     found = inputs.vector.assign(grouping="vector", outcome=SCORE, term=_doses(inputs.vector), estimate=inputs.vector["mean"], method="mean, t")
-    return _rows("vector scores", found, ["sd"])
+    return rows_of("vector scores", found, ["sd"])
 
 
 def _dose_equivalents(inputs: Inputs) -> pd.DataFrame:
@@ -814,7 +607,7 @@ def _dose_equivalents(inputs: Inputs) -> pd.DataFrame:
         ends = {"estimate": found.median_dose, "lower": found.lower, "upper": found.upper, "method": "bootstrap over models"}
         details = {"score": found.median, "models": found.models, "draws": found.draws}
         rows.append({**shared, "term": "median of models", **ends, "details": details})
-    table = _rows("dose equivalents", rows)
+    table = rows_of("dose equivalents", rows)
     return table.assign(note=np.where(table["estimate"].astype(float).isna(), "outside of the vector's mean scores", ""))
 
 
@@ -837,10 +630,10 @@ def _instrument(
     seconds: float,
     *,
     further: tuple[str, ...] = (),
-    make: Callable[[Tables, pd.DataFrame | None], pd.DataFrame] | None = None,
+    finish: Callable[[pd.DataFrame], pd.DataFrame] = lambda rows: rows,
 ) -> Instrument:
     needs = [table for part in parts for need in part.needs for table in (("metadata_with_dropout",) if need == PEOPLE else (need,))]
-    return Instrument(name, description, tuple(dict.fromkeys([*needs, *further])), make or partial(_make, parts), figures, seconds)
+    return Instrument(name, description, tuple(dict.fromkeys([*needs, *further])), parts, figures, seconds, finish)
 
 
 INSTRUMENTS = {
@@ -866,7 +659,7 @@ INSTRUMENTS = {
             VULNERABILITY,
             instrument_figures.vulnerability,
             2.0,
-            make=_make_vulnerability,
+            finish=_adjusted_over_outcomes,
         ),
         _instrument(
             "attrition",

@@ -12,7 +12,7 @@ from relseek_resources import models
 from relseek_resources.models import Add, Intervention, Sampling
 from tests.performance.comparison import Comparison, compare
 
-PAIRS, TURNS, ROWS, TOKENS = 30, 8, 2, 2
+PAIRS, TURNS, ROWS, TOKENS = 30, 8, 1, 2
 LAYER = 14
 WITHIN = 0.03
 QUESTIONS = ("Why do leaves turn red in autumn?", "How do I boil an egg?", "What is a prime number?", "Tell me about the moon.")

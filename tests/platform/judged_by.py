@@ -60,8 +60,8 @@ def run_until_collected(platform: Any, most: int = 8) -> list[str]:
         done = platform.command("run", "STUDY", *SELECT)
         assert done.exit_code == 0, done.output
         said.append(done.output)
-        # a batch that ends while a run goes on is waited for no more, and is collected by the next
-        if "wait for them" not in done.output and counts(platform)["selection"] == {"fresh": 1}:
+        if "wait for them" not in done.output:  # also where the last batch ended while the run went on
+            assert counts(platform)["selection"] == {"fresh": 1}, done.output
             return said
     raise AssertionError(f"still in flight after {most} runs: {said[-1]}")
 

@@ -15,8 +15,9 @@ from released import ROOT, made_up, needs_release, same
 from relseek_assets.study import load_study
 from relseek_assets.trial import Analysis, RawTable, Trial
 from relseek_assets.trials import covariates, published, raw
-from relseek_assets.trials.instruments import INSTRUMENTS, SCHEMA
+from relseek_assets.trials.instruments import INSTRUMENTS
 from relseek_assets.trials.participants import CLUSTERS
+from relseek_assets.trials.parts import SCHEMA
 from relseek_assets.trials.psychometrics import SCALES
 from relseek_assets.trials.raw import TrialFault
 from relseek_assets.trials.regressions import SEPARATED
@@ -44,7 +45,7 @@ def one(rows: pd.DataFrame, part: str, **where: Any) -> Any:
 def computed(trial: Trial, name: str, tables: Mapping[str, pd.DataFrame], people: pd.DataFrame | None = None) -> pd.DataFrame:
     """An instrument's rows, of the declared shape, given the tables that it asks for; its figures are drawn."""
     instrument = INSTRUMENTS[name]
-    rows = instrument.table(trial, {table: found for table, found in tables.items() if table in instrument.tables}, people)
+    rows = instrument.table(trial, instrument.begin({table: found for table, found in tables.items() if table in instrument.tables}, people))
     SCHEMA.to_arrow(rows, name)
     return rows
 
