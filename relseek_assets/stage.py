@@ -182,8 +182,7 @@ class Work:
 
     def nothing(self, partition: str | None, status: str) -> dg.AssetMaterialization:
         """Write an empty table that says why it is empty."""
-        names = self.me.schema_of(partition).names
-        return self.table(partition, pd.DataFrame({name: pd.Series(dtype=object) for name in names}), status=status)
+        return self.table(partition, pd.DataFrame(columns=list(self.me.schema_of(partition).names), dtype=object), status=status)
 
     def tensors(
         self,
@@ -264,7 +263,8 @@ def png(encoded: str) -> dg.MetadataValue:
 def preview(frame: pd.DataFrame, rows: int = 5) -> dg.MetadataValue:
     """The first rows as a Markdown table, long texts cut."""
     lines = ["| " + " | ".join(map(str, frame.columns)) + " |", "|" + "---|" * len(frame.columns)]
-    lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in frame.head(rows).itertuples(index=False, name=None)]
+    columns = [frame[name].iloc[:rows].tolist() for name in frame.columns] if len(frame) else []
+    lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in zip(*columns, strict=True)]
     return dg.MetadataValue.md("\n".join(lines))
 
 

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+import pandas as pd
 from threadpoolctl import threadpool_limits
 
 Piece = TypeVar("Piece")
@@ -65,8 +66,9 @@ def _started(modules: Sequence[str] = ()) -> ProcessPoolExecutor:
 
 
 def _of_one_thread() -> None:
-    """Processes that fill the cores have one thread each for linear algebra; more would take turns."""
+    """Processes that fill the cores have one thread each for linear algebra; more would take turns. Tables that are cut into pieces are small."""
     threadpool_limits(1)
+    pd.set_option("mode.string_storage", "python")  # Arrow's texts cost trials' estimates a third of their time
     collect_seldom()
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+SMALL, MOST_KEPT = 100_000, 200  # bytes of a table's file, and tables, that are kept in memory after they were read
+FEW = 50_000  # rows, below which texts are Python's own: Arrow's take less room, and several times as long wherever a few are looked at
+_kept: OrderedDict[Path, tuple[tuple[int, int, int], pd.DataFrame]] = OrderedDict()
 
 
 class StorageError(ValueError):
@@ -247,10 +252,28 @@ def write_table(path: Path, frame: pd.DataFrame, schema: TableSchema) -> str:
 
 
 def read_table(path: Path, schema: TableSchema, without: Sequence[str] = ()) -> pd.DataFrame:
-    """Read a table written by `write_table`; json columns come back as Python values, empty numbers as NaN. Columns `without` are not read."""
+    """Read a table written by `write_table`; json columns come back as Python values, empty numbers as NaN. Columns `without` are not read.
+
+    Small tables are read by one asset after the other, and parsing one takes longer than its arithmetic: those that were read last are kept, and
+    given out as copies for as long as the file is the same.
+    """
     try:
-        file = pq.ParquetFile(path)
-        frame = file.read([name for name in file.schema_arrow.names if name not in without] if without else None).to_pandas()
+        there = os.stat(path)
+        small = there.st_size <= SMALL and not without
+        same = (there.st_ino, there.st_mtime_ns, there.st_size)
+        kept = _kept.pop(path, None)
+        if small and kept and kept[0] == same:
+            _kept[path] = kept  # the last one now
+            frame = kept[1].copy(deep=False)  # shares memory until either is written to
+        else:
+            file = pq.ParquetFile(path)
+            found = file.read([name for name in file.schema_arrow.names if name not in without] if without else None)
+            with pd.option_context("mode.string_storage", "python" if found.num_rows < FEW else "pyarrow"):
+                frame = found.to_pandas()
+            if small:
+                _kept[path] = same, frame.copy(deep=False)
+                while len(_kept) > MOST_KEPT:
+                    _kept.popitem(last=False)
     except FileNotFoundError as error:
         raise StorageError(f"{path}: no such file; materialise the asset that writes it") from error
     except (pa.ArrowInvalid, OSError) as error:

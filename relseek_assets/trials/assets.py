@@ -6,6 +6,7 @@ A file that is absent or faulty makes what reads it empty, with a status that sa
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from relseek_resources.processes import FEWEST, in_order, prepare
 from relseek_resources.storage import StorageError
 
 GROUP = "trials"
-_frames: dict[str, tuple[tuple[Any, ...], OutcomeFrame]] = {}
+_frames: dict[str, tuple[tuple[Any, ...], OutcomeFrame, bytes]] = {}  # by outcome: what they are made of, its rows, and these pickled
 _begun: dict[str, tuple[tuple[Any, ...], Begun]] = {}  # by instrument: what it is made of, and its parts at work
 
 
@@ -289,7 +290,8 @@ def by_outcome(
     assert trial is not None
     keys = [str(key) for key in work.partitions]
     table = frames.covariates_table(people) if people is not None and len(people) else None
-    tasks = (task_of(work, trial, key, step, upstream, options(key), table) for key in keys)
+    plan = trial.fingerprint
+    tasks = (task_of(work, trial, plan, key, step, upstream, options(key), table) for key in keys)
     with work.progress(len(keys), "outcome") as done:
         for partition, made in zip(work.partitions, in_order(steps.do, tasks, len(keys)), strict=True):
             if made.table is None:
@@ -301,33 +303,41 @@ def by_outcome(
 
 
 def task_of(
-    work: Work, trial: Trial, key: str, step: steps.Step, upstream: tuple[str, ...], options: Mapping[str, Any], covariates: pd.DataFrame | None
+    work: Work,
+    trial: Trial,
+    plan: str,
+    key: str,
+    step: steps.Step,
+    upstream: tuple[str, ...],
+    options: Mapping[str, Any],
+    covariates: pd.DataFrame | None,
 ) -> steps.Task | steps.Made:
-    """What is to be done for an outcome, or why nothing can be."""
+    """What is to be done for an outcome, or why nothing can be; `plan` is the trial's fingerprint."""
     read = [("trial_tables", table) for table in trial.tables_of(key)] + [(asset, key) for asset in upstream]
     if status := next((status for asset, partition in read if (status := work.status(asset, partition))), ""):
         return steps.Made(fault=status)
     try:
-        token, frame = remembered_frame(work, trial, key)
+        token, frame, pickled = remembered_frame(work, trial, plan, key)
     except TrialFault as fault:
         return steps.Made(fault=str(fault))
     if covariates is not None:
-        frame = frames.with_covariates(frame, covariates)
+        pickled = pickle.dumps(frames.with_covariates(frame, covariates), pickle.HIGHEST_PROTOCOL)
         token = (*token, work.version("trial_participants"))
-    return steps.Task(step, token, frame, {asset: work.read_table(asset, key) for asset in upstream}, options)
+    return steps.Task(step, token, pickled, {asset: work.read_table(asset, key) for asset in upstream}, options)
 
 
-def remembered_frame(work: Work, trial: Trial, key: str) -> tuple[tuple[Any, ...], OutcomeFrame]:
-    """(what they are made of, an outcome's rows); kept in memory for the assets of the same process until that changes."""
+def remembered_frame(work: Work, trial: Trial, plan: str, key: str) -> tuple[tuple[Any, ...], OutcomeFrame, bytes]:
+    """(what they are made of, an outcome's rows, the same pickled); kept in memory for the assets of the same process until that changes."""
     names = trial.tables_of(key)
     made_of = (
         key,
-        trial.fingerprint,
+        plan,
         str(work.store.path(work.key("trial_tables"), None, "")),
         *(work.version("trial_tables", name) for name in names),
     )
     if (found := _frames.get(key)) is None or found[0] != made_of:
-        found = _frames[key] = (made_of, frames.outcome_frame(trial, key, read_tables(work, names)))
+        frame = frames.outcome_frame(trial, key, read_tables(work, names))
+        found = _frames[key] = (made_of, frame, pickle.dumps(frame, pickle.HIGHEST_PROTOCOL))
     return found
 
 

@@ -5,6 +5,7 @@ Here belongs what crosses between processes. What the steps compute belongs in `
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,11 +37,13 @@ class Made:
 
 @dataclass(frozen=True)
 class Task:
-    """A step to do on an outcome's rows. `token` names the rows, so that a process that has them keeps the designs that it made of them."""
+    """A step to do on an outcome's rows: an `OutcomeFrame`, pickled. `token` names them, so that a process that has them unpickles nothing and keeps
+    the designs that it made of them.
+    """
 
     step: Step
     token: tuple[Any, ...]
-    frame: OutcomeFrame
+    frame: bytes
     upstream: Tables
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -94,7 +97,8 @@ def do(task: Task | Made) -> Made:
     """Do a task; a fault of the data is a result, because it harms no other outcome."""
     if isinstance(task, Made):
         return task
-    frame = _known.setdefault(task.token, task.frame)
+    if (frame := _known.get(task.token)) is None:
+        frame = _known[task.token] = pickle.loads(task.frame)
     try:
         return task.step(frame, task.upstream, **task.options)
     except (TrialFault, MixedModelError) as fault:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -190,26 +191,26 @@ def test_an_author_above_its_budget_is_refused_before_anything_is_sent(swept: Pr
 
 @pytest.mark.slow
 def test_a_killed_run_pays_for_no_reply_twice(swept: Prompting, tmp_path: Path) -> None:
-    answered, order = 9, itertools.count()
+    answered, order, mended = 9, itertools.count(), threading.Event()
 
     def hangs(text: str, nth: int) -> Says:
-        return answers(text, nth) if next(order) < answered else Says(hangs=True)
+        return answers(text, nth) if mended.is_set() or next(order) < answered else Says(hangs=True)
 
     copied = Prompting(swept.copy(tmp_path / "p").folder, swept.model)
-    with serving(hangs) as first:
-        copied.with_endpoint(first.url)
+    with serving(hangs) as server:  # one address: what another endpoint answered would be asked anew
+        copied.with_endpoint(server.url)
         command = [sys.executable, "-m", "relseek_assets.cli", "run", str(copied.study_file), "--select", "prompted_generations"]
         running = subprocess.Popen(command, env=copied.environment(), cwd=CHECKOUT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         limit = time.monotonic() + 500
-        while len(first.bodies) < answered + 2 and running.poll() is None and time.monotonic() < limit:
+        while len(server.bodies) < answered + 2 and running.poll() is None and time.monotonic() < limit:
             time.sleep(0.05)
-        assert len(first.bodies) == answered + 2, "both workers wait for an answer that does not come"
+        assert len(server.bodies) == answered + 2, "both workers wait for an answer that does not come"
         os.kill(running.pid, signal.SIGKILL)
         running.wait()
-        before = authored(first)
-    with serving(answers) as second:
-        done = copied.with_endpoint(second.url).process("run", "STUDY", "--select", "prompted_generations")
+        before = authored(server)
+        mended.set()
+        done = copied.process("run", "STUDY", "--select", "prompted_generations")
         assert done.returncode == 0, done.stdout + done.stderr
-        after = authored(second)
+        after = authored(server) - before
     assert sum(after.values()) == LEVELS * ITEMS - answered
     assert len(before | after) == LEVELS * ITEMS

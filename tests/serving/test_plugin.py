@@ -112,6 +112,15 @@ def test_the_published_shape_is_a_dose_of_the_default_vector(server: Server) -> 
     assert abs(plain["content"][0]["logprob"] - custom["content"][0]["logprob"]) > 1e-2
 
 
+def test_a_request_that_names_the_content_gets_that_content_or_nothing(server: Server) -> None:
+    [listed] = [one for one in server.ask("/v1/relseek/vectors")[1]["vectors"] if one["name"] == "warm"]
+    plain = [{"vector": "warm", "multiplier": 1.5}]
+    status, answer = server.complete([5, 6, 7], [{**plain[0], "sha256": listed["sha256"]}])
+    assert status == 200 and answer["choices"][0]["token_ids"] == server.complete([5, 6, 7], plain)[1]["choices"][0]["token_ids"]
+    status, answer = server.complete([5, 6, 7], [{**plain[0], "sha256": "0" * 64}])
+    assert status == 400 and "was asked for" in answer["error"]["message"]
+
+
 def test_a_conversation_is_steered_as_the_reference_steers_it(server: Server, reference: SteeredModel, vector_folder: tuple[Path, Any]) -> None:
     conversation = [{"role": "user", "content": "I had a long day. What should I cook?"}]
     chat = {"model": "smollm2", "messages": conversation, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
