@@ -1027,16 +1027,15 @@ class _KenwardRoger:
     W: Array
 
     def df(self, L: Array) -> Array:
-        """pbkrtest's `Lb_ddf` of each row of L: Kenward and Roger (1997) for one degree of freedom, where A1 = A2."""
+        """pbkrtest's `Lb_ddf` of each row of L. For one degree of freedom, where A1 = A2, Kenward and Roger's (1997) formula is 2 / A2; written out,
+        it is 0 / 0 at df 2.
+        """
         rows = self.model.to_q(L)
         variance = np.einsum("ia,ab,ib->i", rows, self.unscaled, rows)
         with np.errstate(divide="ignore", invalid="ignore"):
             t = np.einsum("ia,rab,ib->ir", rows, self.change, rows) / variance[:, None]
             A2 = np.einsum("ir,rs,is->i", t, self.W, t)
-            B, g = 3.5 * A2, -1.0
-            c1, c2, c3 = g / (3 + 2 * (1 - g)), (1 - g) / (3 + 2 * (1 - g)), (3 - g) / (3 + 2 * (1 - g))
-            rho = ((1 - A2) / (1 - c2 * B)) ** 2 * (1 + c1 * B) / (1 - c3 * B)
-            return np.asarray(4 + 3 / (rho - 1))
+            return np.asarray(2 / A2)
 
 
 def _kenward_roger(model: _Model, optimum: _Point) -> _KenwardRoger:

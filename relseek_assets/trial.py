@@ -310,6 +310,9 @@ class Trial(_Settings):
             found = [getattr(factor, name) for factor in self.factors]
             if len(set(found)) < len(found):
                 raise ValueError(f"factors: both have the {name.replace('_', ' ')} {found[0]!r}; give them different ones")
+            taken = sorted({self.dose.label, self.dose.long_label}.intersection(found))
+            if taken:
+                raise ValueError(f"factors: one has the {name.replace('_', ' ')} {taken[0]!r}, which is the dose's (trial.dose); give it another")
 
     def _check_table(self, name: str, table: RawTable) -> None:
         if table.arms == "joined":

@@ -14,10 +14,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from typing import Any, TypeVar
 
 import pandas as pd
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController, threadpool_limits
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
@@ -91,12 +92,12 @@ def at_work(work: Callable[[Piece], Result], pieces: Sequence[Piece]) -> Iterato
     With one core, or too few pieces to start processes for, each is done when it is asked for.
     """
     if not _worth(len(pieces)):
-        return map(work, pieces)
-    with _anew_if_broken():
-        pool = _ready()
+        return _here(work, pieces)
+    pool = _ready()
+    with _anew_if_broken(pool):
         futures = [pool.submit(work, piece) for piece in pieces]
     _begun[:] = [*(future for future in _begun if not future.done()), *futures]
-    return _results(futures, len(futures))
+    return _results(pool, futures, len(futures))
 
 
 def in_order(work: Callable[[Piece], Result], pieces: Iterable[Piece], count: int) -> Iterator[Result]:
@@ -105,16 +106,29 @@ def in_order(work: Callable[[Piece], Result], pieces: Iterable[Piece], count: in
     With several cores and enough pieces they go to processes that stay for the next call; `work` and the pieces must then be picklable.
     """
     if not _worth(count) or sum(not future.done() for future in _begun) >= cores():
-        yield from map(work, pieces)  # what is asked for now is not to wait for all that has been begun
+        yield from _here(work, pieces)  # what is asked for now is not to wait for all that has been begun
         return
     pool = _ready()
-    yield from _results((pool.submit(work, piece) for piece in pieces), AHEAD * cores())
+    yield from _results(pool, (pool.submit(work, piece) for piece in pieces), AHEAD * cores())
 
 
-def _results(futures: Iterable[Future[Result]], ahead: int) -> Iterator[Result]:
+def _here(work: Callable[[Piece], Result], pieces: Iterable[Piece]) -> Iterator[Result]:
+    """In this process, by as many threads of linear algebra as in the others: sums over more are rounded otherwise."""
+    for piece in pieces:
+        with _threads().limit(limits=1):
+            found = work(piece)
+        yield found
+
+
+@cache
+def _threads() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def _results(pool: ProcessPoolExecutor, futures: Iterable[Future[Result]], ahead: int) -> Iterator[Result]:
     waiting = deque[Future[Result]]()
     try:
-        with _anew_if_broken():
+        with _anew_if_broken(pool):
             for future in futures:
                 waiting.append(future)
                 if len(waiting) > ahead:
@@ -127,9 +141,12 @@ def _results(futures: Iterable[Future[Result]], ahead: int) -> Iterator[Result]:
 
 
 @contextlib.contextmanager
-def _anew_if_broken() -> Iterator[None]:
+def _anew_if_broken(pool: ProcessPoolExecutor) -> Iterator[None]:
     try:
         yield
-    except BrokenProcessPool:
-        _pools.clear()  # one was killed, for want of memory perhaps; the next call starts others
-        raise
+    except BrokenProcessPool as error:
+        if pool in _pools:
+            _pools.remove(pool)  # the next call starts others
+        raise BrokenProcessPool(
+            "a process that worked for this one was killed, most often for want of memory; free some, and run again: it goes on from there"
+        ) from error

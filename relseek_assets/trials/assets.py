@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from relseek_assets.trials import covariates, estimates, fdr, frames, instrument
 from relseek_assets.trials.frames import OutcomeFrame
 from relseek_assets.trials.instruments import INSTRUMENTS, Instrument
 from relseek_assets.trials.parts import SCHEMA, Begun
-from relseek_assets.trials.raw import TrialFault
+from relseek_assets.trials.raw import FAULTS, TrialFault, said
 from relseek_resources.processes import FEWEST, in_order, prepare
 from relseek_resources.storage import StorageError
 
@@ -205,7 +205,14 @@ def build(stage: Stage) -> None:
     )
     def trial_robustness(work: Work) -> Iterator[dg.AssetMaterialization]:
         people = work.read_table("trial_participants") if trial.participants else None
-        of_participants = attrition_weights(work, trial)
+        tables = [trial.robustness.weights.table] if trial.robustness.weights else []
+        statuses = [work.status("trial_participants")] if trial.participants else []
+        left_out = [status for status in (*statuses, *(work.status("trial_tables", name) for name in tables)) if status]
+        try:
+            of_participants = attrition_weights(work, trial)
+        except TrialFault as fault:
+            of_participants = None
+            left_out.append(str(fault))
 
         def options(key: str) -> dict[str, Any]:
             return {
@@ -214,7 +221,7 @@ def build(stage: Stage) -> None:
                 "seed": study.seed,
             }
 
-        yield from by_outcome(work, steps.robustness, "trial_forms", "trial_fits", options=options, people=people)
+        yield from by_outcome(work, steps.robustness, "trial_forms", "trial_fits", options=options, people=people, left_out=left_out)
 
     for name in trial.analyses:
         published_instrument(stage, trial, INSTRUMENTS[name])
@@ -279,12 +286,14 @@ def by_outcome(
     *upstream: str,
     options: Callable[[str], Mapping[str, Any]] = lambda key: {},
     people: pd.DataFrame | None = None,
+    left_out: Sequence[str] = (),
 ) -> Iterator[dg.AssetMaterialization]:
     """Make each outcome's partition; one that cannot be estimated says why and harms no other.
 
     Args:
         upstream: assets by outcome whose tables the step reads.
         people: covariates that the rows are to have beside.
+        left_out: why specifications are missing, to be shown with every table.
     """
     trial = work.study.trial
     assert trial is not None
@@ -297,7 +306,8 @@ def by_outcome(
             if made.table is None:
                 yield work.nothing(partition, made.fault)
             else:
-                shown = {"plot": png(made.figure)} if made.figure else {}
+                lacking = "; ".join(filter(None, (*left_out, made.left_out)))
+                shown = {**({"plot": png(made.figure)} if made.figure else {}), **({"left_out": lacking} if lacking else {})}
                 yield work.table(partition, made.table, shown)
             done()
 
@@ -318,11 +328,11 @@ def task_of(
         return steps.Made(fault=status)
     try:
         token, frame, pickled = remembered_frame(work, trial, plan, key)
-    except TrialFault as fault:
-        return steps.Made(fault=str(fault))
-    if covariates is not None:
-        pickled = pickle.dumps(frames.with_covariates(frame, covariates), pickle.HIGHEST_PROTOCOL)
-        token = (*token, work.version("trial_participants"))
+        if covariates is not None:
+            pickled = pickle.dumps(frames.with_covariates(frame, covariates), pickle.HIGHEST_PROTOCOL)
+            token = (*token, work.version("trial_participants"))
+    except FAULTS as fault:
+        return steps.Made(fault=said(fault, key))
     return steps.Task(step, token, pickled, {asset: work.read_table(asset, key) for asset in upstream}, options)
 
 
@@ -350,4 +360,9 @@ def attrition_weights(work: Work, trial: Trial) -> pd.Series | None:
     weights = trial.robustness.weights
     if weights is None or work.status("trial_tables", weights.table):
         return None
-    return work.read_table("trial_tables", weights.table).drop_duplicates("participant").set_index("participant")[weights.column]
+    found = work.read_table("trial_tables", weights.table)[["participant", weights.column]].drop_duplicates()
+    twice = found["participant"].duplicated()
+    if twice.any():
+        who = found["participant"][twice].iloc[0]
+        raise TrialFault(f"{weights.table}: participant {who} has two values of {weights.column}; a participant has one weight")
+    return found.set_index("participant")[weights.column]

@@ -12,7 +12,7 @@ from scipy import special
 
 from relseek_assets.trials.models import Fit, LogitFit, MixedModelFit
 
-NEWTON_STEPS = 3  # from the maximum likelihood estimate; a fourth changes a draw by less than a millionth of its standard error
+NEWTON_STEPS, SETTLED = 25, 1e-6  # from the maximum likelihood estimate, until no draw changes by more than this share of its estimates' spread
 
 
 def bayesian_bootstrap(rows: pd.DataFrame, fit: Fit, L: np.ndarray, weights: np.ndarray | None, draws: int, seed: int) -> tuple[float, float]:
@@ -29,13 +29,13 @@ def bayesian_bootstrap(rows: pd.DataFrame, fit: Fit, L: np.ndarray, weights: np.
         betas = _logit(fit, y, codes, drawn, weights) if isinstance(fit, LogitFit) else _least_squares(fit, y, codes, drawn, weights)
     except np.linalg.LinAlgError:
         return float("nan"), float("nan")
-    lower, upper = np.quantile(betas @ L, [0.025, 0.975])
+    lower, upper = np.quantile(betas @ (L / fit.design.lengths), [0.025, 0.975])
     return float(lower), float(upper)
 
 
 def _least_squares(fit: Fit, y: np.ndarray, codes: np.ndarray, drawn: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
     """Draws x coefficients: participants' own X'V⁻¹X and X'V⁻¹y, weighted and solved."""
-    B = np.column_stack([fit.design.X, y])
+    B = np.column_stack([fit.design.scaled, y])
     scale = np.sqrt(weights)[:, None] if weights is not None else np.ones((len(y), 1))
     B = _by_participant(B * scale, codes)
     own = np.swapaxes(B, 1, 2) @ B
@@ -59,12 +59,15 @@ def _by_participant(values: np.ndarray, codes: np.ndarray) -> np.ndarray:
 
 
 def _logit(fit: LogitFit, y: np.ndarray, codes: np.ndarray, drawn: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
-    X = fit.design.X
+    X = fit.design.scaled
     W = drawn[:, codes] * (weights if weights is not None else 1.0)
     outer = (X[:, :, None] * X[:, None, :]).reshape(len(X), -1)
-    betas = np.tile(fit.coefficients, (len(drawn), 1))
+    betas = np.tile(fit.coefficients * fit.design.lengths, (len(drawn), 1))
     for _ in range(NEWTON_STEPS):
         mean = special.expit(betas @ X.T)
         information = ((W * mean * (1 - mean)) @ outer).reshape(len(drawn), X.shape[1], X.shape[1])
-        betas = betas + np.linalg.solve(information, ((W * (y - mean)) @ X)[:, :, None])[:, :, 0]
+        steps = np.linalg.solve(information, ((W * (y - mean)) @ X)[:, :, None])[:, :, 0]
+        betas = betas + steps
+        if (np.abs(steps) <= SETTLED * betas.std(axis=0)).all():
+            break
     return betas

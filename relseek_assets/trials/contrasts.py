@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 
+from relseek_assets.trial import Factor
 from relseek_assets.trials.forms import Specification
 from relseek_assets.trials.formulas import fixed_terms
 from relseek_assets.trials.frames import HIGH, LOW, OutcomeFrame
@@ -217,11 +218,17 @@ def _slopes(
     def slope(dose: object, at: Mapping[str, object]) -> np.ndarray:
         return (grid.mean(dose, time=end, **at) - grid.mean(dose, time=start, **at)) / (end - start)
 
+    short = [name for factor in frame.factors for name in factor.short_levels]
+
+    def name_of(factor: Factor, place: int) -> str:
+        name = factor.short_levels[place]
+        return name if short.count(name) == 1 else f"{factor.label} {name}"
+
     for size in range(len(frame.factors) + 1):
         for crossed in itertools.combinations(frame.factors, size):
             for places in itertools.product((0, 1), repeat=size):
                 at = {factor.column: factor.levels[place] for factor, place in zip(crossed, places, strict=True)}
-                names = [factor.short_levels[place] for factor, place in zip(crossed, places, strict=True)]
+                names = [name_of(factor, place) for factor, place in zip(crossed, places, strict=True)]
                 if size:
                     yield Contrast("temporal_slope", f"Slope: {' × '.join(names)}", main, slope(None, at))
                 for variant, ends in variants.items():

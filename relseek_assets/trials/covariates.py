@@ -56,11 +56,11 @@ def participants_table(trial: Trial, tables: Mapping[str, pd.DataFrame]) -> pd.D
         twice = table["participant"].duplicated()
         if twice.any():
             raise TrialFault(f"{name}: participant {table['participant'][twice].iloc[0]} has two rows; a table of participants has one each")
-        fresh = [column for column in table.columns if joined is None or column == "participant" or column not in joined]
-        joined = table[fresh] if joined is None else joined.merge(table[fresh], on="participant", how="outer")
+        mine = table.set_index("participant")
+        joined = mine if joined is None else joined.combine_first(mine)  # of two tables that know something, the first
     if joined is None:
         raise AbsentTable("absent: " + ", ".join(trial.tables[name].file for name in trial.participants))
-    return joined.reindex(columns=names)
+    return joined.reset_index().reindex(columns=names)
 
 
 def as_published(trial: Trial, table: pd.DataFrame) -> pd.DataFrame:

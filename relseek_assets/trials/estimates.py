@@ -18,13 +18,14 @@ from relseek_assets.trials.contrasts import COARSENED, PRIMARY, ReferenceGrid, c
 from relseek_assets.trials.forms import Specification, specify
 from relseek_assets.trials.formulas import Form
 from relseek_assets.trials.frames import HIGH, LOW, OutcomeFrame
-from relseek_assets.trials.models import Fit, LogitFit, MixedModelFit
+from relseek_assets.trials.models import Fit, LogitFit, MixedModelFit, SeparationFault
 
 CURVE_POINTS = 41
 EQUIVALENT_BELOW = 0.05
 WEIGHTED = "full + attrition weights"
 RESAMPLED = ("full", WEIGHTED)  # specifications that a bootstrap is drawn for
 MIXED, LEAST_SQUARES, LOGIT = "lmm", "ols", "logit"
+SEPARATED = "perfect separation"  # in the place of the terms of a logit that has no finite estimate
 
 
 def _head(frame: OutcomeFrame, table: pd.DataFrame) -> pd.DataFrame:
@@ -58,15 +59,34 @@ def fit_one(frame: OutcomeFrame, specification: Specification, name: str, theta:
 
 
 def fit_all(frame: OutcomeFrame, specification: Specification) -> dict[str, Fit]:
-    """The six models of an outcome."""
-    return {name: fit_one(frame, specification, name) for name in specifications(frame, specification)}
+    """The six models of an outcome, without those that separate, where others do not.
+
+    Raises:
+        SeparationFault: every model separates.
+    """
+    found: dict[str, Fit] = {}
+    faults = []
+    for name in specifications(frame, specification):
+        try:
+            found[name] = fit_one(frame, specification, name)
+        except SeparationFault as fault:
+            faults.append(fault)
+    if not found:
+        raise faults[0]
+    return found
 
 
 def fits_table(frame: OutcomeFrame, specification: Specification, fits: Mapping[str, Fit]) -> pd.DataFrame:
-    """One row a model and coefficient, with what the model as a whole says repeated beside."""
+    """One row a model and coefficient, with what the model as a whole says repeated beside; one row without numbers for a model that separates."""
     written = specifications(frame, specification)
     parts = []
-    for name, fit in fits.items():
+    for name in written:
+        if (fit := fits.get(name)) is None:
+            head = {"model": name, "term": SEPARATED, "formula": formulas.formula(frame, written[name]), "family": LOGIT, "n": len(frame.rows)}
+            numbers = ("estimate", "se", "df", "statistic", "p", "lower", "upper", "log_likelihood", "sigma")
+            row = {**head, **dict.fromkeys(numbers, np.nan), "participants": frame.participants, "theta": None}
+            parts.append(pd.DataFrame([{**row, "converged": False, "singular": False}]))
+            continue
         table = fit.coefficient_table().reset_index()
         table.insert(0, "model", name)
         table["formula"] = formulas.formula(frame, written[name])

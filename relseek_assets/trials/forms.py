@@ -15,6 +15,7 @@ from scipy import stats
 from relseek_assets.trials import formulas, models
 from relseek_assets.trials.formulas import Form
 from relseek_assets.trials.frames import OutcomeFrame
+from relseek_assets.trials.models import SeparationFault
 from relseek_assets.trials.raw import TrialFault
 
 HETEROGENEOUS_BELOW = 0.05
@@ -48,8 +49,14 @@ def specify(frame: OutcomeFrame) -> Specification:
     test = heterogeneity(frame)
     differ = test is not None and test[2] < HETEROGENEOUS_BELOW
     rows = []
+    declared = frame.outcome.form
     for form in formulas.polynomials(frame):
-        fit = models.fit(frame, formulas.fixed_terms(frame, form, full=True, heterogeneous=differ), reml=False)
+        try:
+            fit = models.fit(frame, formulas.fixed_terms(frame, form, full=True, heterogeneous=differ), reml=False)
+        except SeparationFault:
+            if declared and form != declared:
+                continue  # there is nothing to choose, and the declared form may be finite
+            raise
         aic, aicc, bic = models.information_criteria(fit)
         rows.append(
             {
@@ -67,8 +74,7 @@ def specify(frame: OutcomeFrame) -> Specification:
     comparison["score"] = performance_score(comparison)
     best = int(comparison["score"].round(10).to_numpy().argmax())  # ties go to the simplest
     by_aic = int(comparison["aic"].to_numpy().argmin())
-    names: list[Form] = list(formulas.polynomials(frame))
-    declared = frame.outcome.form
+    names: list[Form] = list(comparison["form"])
     if declared and declared not in names:
         raise TrialFault(f"{frame.key}: the form {declared} is declared, and {len(frame.doses)} doses allow {', '.join(names)}; declare one of them")
     return Specification(declared or names[best], names[by_aic], differ, test, comparison)

@@ -32,6 +32,7 @@ class OutcomeFrame:
     rows: pd.DataFrame
     factors: tuple[Factor, ...]
     covariates: tuple[str, ...] = ()  # columns that robustness specifications add
+    unplaced: int = 0  # values left out because their row has no arm
 
     @property
     def key(self) -> str:
@@ -89,12 +90,14 @@ def outcome_frame(trial: Trial, key: str, tables: Mapping[str, pd.DataFrame]) ->
     melted = _by_item(rows, [*keep, *(design.baseline.by if design.baseline else ())], outcome, "value")
     if design.baseline is not None:
         melted["baseline"] = _baseline(design.baseline, rows, raw, melted, outcome)
-    melted = melted.dropna(subset=["value", "dose", *(["baseline"] if design.baseline else [])])
+    melted = melted.dropna(subset=["value", *(["baseline"] if design.baseline else [])])
+    unplaced = int(melted["dose"].isna().sum())
+    melted = melted.dropna(subset=["dose"])
     _placed(trial, design, melted, key)
     frame = _canonical(trial, outcome, melted, design.time)
     factors = tuple(factor for factor in trial.factors if frame[factor.column].nunique() > 1)
     _estimable(frame, trial, outcome, design, key)
-    return OutcomeFrame(study, outcome, trial, frame.reset_index(drop=True), factors)
+    return OutcomeFrame(study, outcome, trial, frame.reset_index(drop=True), factors, unplaced=unplaced)
 
 
 def covariates_table(participants: pd.DataFrame) -> pd.DataFrame:
@@ -112,14 +115,20 @@ def with_covariates(frame: OutcomeFrame, table: pd.DataFrame) -> OutcomeFrame:
     """The same rows with the declared covariates of a `covariates_table` beside."""
     settings = frame.trial.robustness
     declared = dict.fromkeys((*settings.demographics, *settings.preferences))
-    wanted = tuple(name for name in declared if name in table and name not in frame.rows and table[name].nunique() > 1)
-    beside = table[list(wanted)].reindex(frame.rows["participant"]).set_axis(frame.rows.index)
+    mine = table.reindex(frame.rows["participant"]).set_axis(frame.rows.index)
+    wanted = tuple(name for name in declared if name in table and name not in frame.rows and mine[name].nunique() > 1)
+    beside = mine[list(wanted)]
     return replace(frame, rows=pd.concat([frame.rows, beside], axis=1), covariates=wanted)
 
 
 def _with_arms(trial: Trial, raw: pd.DataFrame, arms: pd.DataFrame, key: str) -> pd.DataFrame:
     columns = ["study", "dose", *(factor.column for factor in trial.factors)]
-    joined = raw.drop(columns="study").join(arms.drop_duplicates("participant").set_index("participant")[columns], on="participant")
+    known = arms.dropna(subset=["dose"])
+    of_two = known.groupby("participant")["study"].nunique().loc[lambda studies: studies > 1]
+    if len(of_two):
+        raise TrialFault(f"{key}: participant {of_two.index[0]} is in two studies of {trial.arms_table}; a name stands for one person")
+    placed = pd.concat([known, arms]).drop_duplicates("participant")  # whoever has rows with and without an arm is in that arm
+    joined = raw.drop(columns="study").join(placed.set_index("participant")[columns], on="participant")
     stranger = joined["study"].isna()
     if stranger.any():
         raise TrialFault(f"{key}: participant {joined['participant'][stranger].iloc[0]} is not in {trial.arms_table}; add it or remove the row")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -85,6 +85,15 @@ class Design:
         kept, null = independent_columns(values)
         return Design(values[:, kept], tuple(space.names[place] for place in wanted[kept]), wanted[kept], wanted, null)
 
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Of the columns. What is solved has columns of length 1: a pseudo-inverse takes an intercept beside doses of thousands for noise."""
+        return np.linalg.norm(self.X, axis=0)
+
+    @property
+    def scaled(self) -> np.ndarray:
+        return self.X / self.lengths
+
     def rows(self, grid: np.ndarray) -> np.ndarray:
         """Rows of this design from rows of the whole space; NaN where an aliased column makes the point inestimable."""
         found = grid[:, self.places]
@@ -133,7 +142,7 @@ def independent_columns(X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if kept:
             combination[kept] = np.linalg.lstsq(X[:, kept], column, rcond=None)[0]
         null.append(combination)
-    return np.array(kept), np.array(null).T.reshape(X.shape[1], len(null))
+    return np.array(kept, dtype=int), np.array(null).T.reshape(X.shape[1], len(null))
 
 
 def separating_direction(X: np.ndarray, y: np.ndarray) -> np.ndarray | None:
@@ -194,16 +203,21 @@ def information_criteria(fit: Fit) -> tuple[float, float, float]:
     return aic, aic + 2 * k * (k + 1) / (n - k - 1), k * np.log(n) - 2 * fit.log_likelihood
 
 
+def _standard_errors(fit: LinearFit | LogitFit, L: np.ndarray) -> np.ndarray:
+    rows = L / fit.design.lengths
+    return np.sqrt(np.einsum("ij,jk,ik->i", rows, np.asarray(fit.result.cov_params()), rows))
+
+
 @dataclass(frozen=True)
 class LinearFit:
-    """Ordinary or weighted least squares; t with n - p degrees of freedom."""
+    """Ordinary or weighted least squares; t with n - p degrees of freedom. `result` is of the scaled columns."""
 
     design: Design
     result: Any
 
     @property
     def coefficients(self) -> np.ndarray:
-        return np.asarray(self.result.params)
+        return np.asarray(self.result.params) / self.design.lengths
 
     @property
     def n(self) -> int:
@@ -222,8 +236,7 @@ class LinearFit:
         return float(np.sqrt(np.mean(np.asarray(self.result.resid) ** 2)))
 
     def contrast(self, L: np.ndarray) -> pd.DataFrame:
-        se = np.sqrt(np.einsum("ij,jk,ik->i", L, np.asarray(self.result.cov_params()), L))
-        return _table(L @ self.coefficients, se, self.result.df_resid)
+        return _table(L @ self.coefficients, _standard_errors(self, L), self.result.df_resid)
 
     def coefficient_table(self, profile: bool = False) -> pd.DataFrame:
         return self.contrast(np.eye(len(self.coefficients))).set_index(pd.Index(self.design.names, name="term"))
@@ -231,7 +244,7 @@ class LinearFit:
 
 @dataclass(frozen=True)
 class LogitFit:
-    """Logistic regression on the log-odds scale: z without weights, a quasibinomial t with them."""
+    """Logistic regression on the log-odds scale: z without weights, a quasibinomial t with them. `result` is of the scaled columns."""
 
     design: Design
     y: np.ndarray
@@ -240,7 +253,7 @@ class LogitFit:
 
     @property
     def coefficients(self) -> np.ndarray:
-        return np.asarray(self.result.params)
+        return np.asarray(self.result.params) / self.design.lengths
 
     @property
     def n(self) -> int:
@@ -259,8 +272,7 @@ class LogitFit:
         return float(np.sqrt(np.mean(np.asarray(self.result.resid_deviance) ** 2)))
 
     def contrast(self, L: np.ndarray) -> pd.DataFrame:
-        se = np.sqrt(np.einsum("ij,jk,ik->i", L, np.asarray(self.result.cov_params()), L))
-        return _table(L @ self.coefficients, se, self.result.df_resid if self.weighted else np.inf)
+        return _table(L @ self.coefficients, _standard_errors(self, L), self.result.df_resid if self.weighted else np.inf)
 
     def coefficient_table(self, profile: bool = False) -> pd.DataFrame:
         """Coefficients; with `profile`, the intervals of the dose terms are where the profile deviance crosses its χ² quantile."""
@@ -273,10 +285,10 @@ class LogitFit:
 
     def profile_interval(self, place: int, level: float = 0.95) -> tuple[float, float]:
         """The profile-likelihood interval of one coefficient."""
-        X, rest = self.design.X[:, place], np.delete(self.design.X, place, axis=1)
-        estimate, se = self.coefficients[place], float(np.sqrt(np.asarray(self.result.cov_params())[place, place]))
-        start = np.delete(self.coefficients, place)
-        best, threshold = 2 * _logit_log_likelihood(self.y, self.design.X @ self.coefficients), stats.chi2.ppf(level, 1)
+        scaled, unit, params = self.design.scaled, self.design.lengths[place], np.asarray(self.result.params)
+        X, rest, start = scaled[:, place], np.delete(scaled, place, axis=1), np.delete(params, place)
+        estimate, se = params[place], float(np.sqrt(np.asarray(self.result.cov_params())[place, place]))
+        best, threshold = 2 * _logit_log_likelihood(self.y, scaled @ params), stats.chi2.ppf(level, 1)
 
         def excess(value: float) -> float:
             return best - 2 * _logit_maximum(self.y, rest, X * value, start) - threshold
@@ -289,7 +301,7 @@ class LogitFit:
                 if reach > 1e4 * se:
                     raise SeparationFault(f"the profile likelihood of {self.design.names[place]} has no end")
             ends.append(optimize.brentq(lambda step, sign=sign: excess(estimate + sign * step), 0.0, reach, xtol=1e-9 * max(1.0, se)))
-        return estimate - ends[0], estimate + ends[1]
+        return (estimate - ends[0]) / unit, (estimate + ends[1]) / unit
 
 
 def _logit_log_likelihood(y: np.ndarray, eta: np.ndarray) -> float:
@@ -297,15 +309,22 @@ def _logit_log_likelihood(y: np.ndarray, eta: np.ndarray) -> float:
 
 
 def _logit_maximum(y: np.ndarray, X: np.ndarray, offset: np.ndarray, start: np.ndarray) -> float:
-    """The log-likelihood at its maximum over the coefficients of X, by Newton's method."""
+    """The log-likelihood at its maximum over the coefficients of X, by Newton's method; a step that would lower it is halved until it does not."""
     beta, eta = start, X @ start + offset
     value = _logit_log_likelihood(y, eta)
-    for _ in range(50):
+    for _ in range(100):
         mean = special.expit(eta)
-        step = np.linalg.solve((X * (mean * (1 - mean))[:, None]).T @ X, X.T @ (y - mean))
+        try:
+            step = np.linalg.solve((X * (mean * (1 - mean))[:, None]).T @ X, X.T @ (y - mean))
+        except np.linalg.LinAlgError:
+            break
+        for _ in range(60):
+            eta = X @ (beta + step) + offset
+            found = _logit_log_likelihood(y, eta)
+            if found >= value - 1e-12 * (abs(value) + 1):
+                break
+            step = step / 2
         beta = beta + step
-        eta = X @ beta + offset
-        found = _logit_log_likelihood(y, eta)
         if abs(found - value) < 1e-10 * (abs(value) + 1):
             return found
         value = found
@@ -377,6 +396,10 @@ def fit(
         TrialFault: fewer rows than coefficients, a logit that separates perfectly, or a mixed model that the rows do not carry.
     """
     analysed = np.ones(len(frame.rows), dtype=bool) if analysed is None else analysed
+    if not analysed.any():
+        raise TrialFault(f"{frame.key}: no row has every covariate and weight that this specification asks for; compare the participants' names")
+    if weights is not None and not (weights[analysed] > 0).all():
+        raise TrialFault(f"{frame.key}: a weight is {weights[analysed].min():g}; weights are above 0, so leave out whoever is not to count")
     design = Design.of(terms, frame, analysed)
     y = frame.rows["value"].to_numpy(float)[analysed]
     weights = None if weights is None else weights[analysed]
@@ -386,7 +409,7 @@ def fit(
         return _mixed(frame, design, y, analysed, reml=reml, weights=weights, start=start)
     if frame.outcome.model == "logit":
         return _logit(frame, design, y, weights)
-    result = OLS(y, design.X).fit() if weights is None else WLS(y, design.X, weights=weights).fit()
+    result = OLS(y, design.scaled).fit() if weights is None else WLS(y, design.scaled, weights=weights).fit()
     return LinearFit(design, result)
 
 
@@ -421,7 +444,7 @@ def _column_major(effects: int) -> tuple[np.ndarray, np.ndarray]:
 def _logit(frame: OutcomeFrame, design: Design, y: np.ndarray, weights: np.ndarray | None) -> LogitFit:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # separation is looked for below, and said in our words
-        model = GLM(y, design.X, family=Binomial(), var_weights=weights)
+        model = GLM(y, design.scaled, family=Binomial(), var_weights=weights)
         result = model.fit(tol=1e-12, maxiter=60, scale="X2" if weights is not None else None)
     means = np.asarray(result.fittedvalues)
     inside = (means > EXTREME_PROBABILITY) & (means < 1 - EXTREME_PROBABILITY)

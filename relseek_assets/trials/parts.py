@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from formulaic.errors import FormulaicError
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
 from relseek_assets.trials import calibration, frontier, profiles
 from relseek_assets.trials.participants import CLUSTERS, COARSENINGS, DROPOUT, treatment_columns
-from relseek_assets.trials.raw import TrialFault
+from relseek_assets.trials.raw import FAULTS, said
 from relseek_resources.processes import at_work
 from relseek_resources.storage import Column, TableSchema
 
@@ -51,9 +50,6 @@ SCHEMA = TableSchema(
 COLUMNS = SCHEMA.names
 NUMBERS = tuple(column.name for column in SCHEMA.columns if column.kind in ("number", "integer"))
 PEOPLE = "participants"  # the table of covariates, which is made of several raw tables
-
-# What faulty input makes the analyses and their libraries raise; anything else is a mistake of ours and stops the asset.
-FAULTS = (ValueError, LookupError, ArithmeticError, FormulaicError)
 
 Tables = Mapping[str, pd.DataFrame]
 
@@ -217,7 +213,7 @@ def _part_rows(piece: tuple[Path, Part]) -> pd.DataFrame:
     try:
         return part.rows(_inputs_of(file))
     except FAULTS as fault:
-        return nothing(part, str(fault) if isinstance(fault, TrialFault) else f"{type(fault).__name__}: {fault}")
+        return nothing(part, said(fault))
 
 
 @lru_cache(maxsize=1)

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from formulaic.errors import FormulaicError
 
+from relseek_assets.mixed_models import MixedModelError
 from relseek_assets.trial import Trial, parsed_time
 from relseek_resources.storage import StorageError, read_jsonl
 
@@ -21,6 +23,17 @@ EMPTY = ("", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "null", "NULL", "None", "
 
 class TrialFault(ValueError):
     """Input that cannot be estimated from; the message names the file or the outcome, the column and what to do."""
+
+
+# What faulty input makes analyses and their libraries raise; anything else is a mistake of ours and stops the asset.
+FAULTS = (ValueError, LookupError, ArithmeticError, FormulaicError)
+
+
+def said(fault: Exception, where: str = "") -> str:
+    """A fault as a status: in our own words, or a library's with its kind and `where` it happened."""
+    if isinstance(fault, TrialFault | MixedModelError):
+        return str(fault)
+    return f"{where}: {type(fault).__name__}: {fault}" if where else f"{type(fault).__name__}: {fault}"
 
 
 class AbsentTable(TrialFault):

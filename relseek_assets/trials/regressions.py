@@ -146,8 +146,9 @@ def ols(formula: str, data: pd.DataFrame, *, outcome: str = "") -> Regression:
     n, p = found.X.shape
     if n <= p:
         raise RegressionFault(f"{found.outcome}: {n} rows for {p} terms; more rows than terms are needed")
-    fit = sm.OLS(found.y, found.X).fit()
-    return Regression(found, "ols", fit.params, fit.cov_params(), float(n - p), fit.fittedvalues)
+    lengths = np.linalg.norm(found.X, axis=0)  # columns of length 1: a pseudo-inverse takes an intercept beside numbers of thousands for noise
+    fit = sm.OLS(found.y, found.X / lengths).fit()
+    return Regression(found, "ols", fit.params / lengths, fit.cov_params() / np.outer(lengths, lengths), float(n - p), fit.fittedvalues)
 
 
 def logit(formula: str, data: pd.DataFrame, *, outcome: str = "") -> Regression:
@@ -168,12 +169,13 @@ def logit(formula: str, data: pd.DataFrame, *, outcome: str = "") -> Regression:
     separated: dict[str, float] = {}
     while undecided.any():
         X, y = found.X[undecided][:, columns], found.y[undecided]
-        fit = _binomial(y, X)
+        lengths = np.linalg.norm(X, axis=0)
+        fit = _binomial(y, X / lengths)
         means = fit.fittedvalues
         direction = separating_direction(X, y) if min(means.min(), 1 - means.max()) < EXTREME_PROBABILITY else None
         if direction is None:
-            coefficients[columns], fitted[undecided] = fit.params, means
-            covariance[np.ix_(columns, columns)] = fit.cov_params()
+            coefficients[columns], fitted[undecided] = fit.params / lengths, means
+            covariance[np.ix_(columns, columns)] = fit.cov_params() / np.outer(lengths, lengths)
             break
         running = direction != 0
         separated |= {found.names[column]: float(np.sign(step)) for column, step in zip(columns[running], direction[running], strict=True)}

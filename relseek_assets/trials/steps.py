@@ -13,12 +13,11 @@ from typing import Any
 import pandas as pd
 
 from relseek_assets import figures, trial_figures
-from relseek_assets.mixed_models import MixedModelError
 from relseek_assets.trial import Trial
 from relseek_assets.trials import estimates
 from relseek_assets.trials.frames import OutcomeFrame
 from relseek_assets.trials.models import Fit
-from relseek_assets.trials.raw import TrialFault
+from relseek_assets.trials.raw import FAULTS, said
 
 CONTRASTED = ("full_continuous", "full_coarsened", "additive_continuous")
 
@@ -28,11 +27,12 @@ Step = Callable[..., "Made"]
 
 @dataclass(frozen=True)
 class Made:
-    """What a step made: a table, its figure as base64 PNG, or why there is nothing."""
+    """What a step made: a table, its figure as base64 PNG, or why there is nothing; and what the table leaves out."""
 
     table: pd.DataFrame | None = None
     figure: str = ""
     fault: str = ""
+    left_out: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Task:
 
 
 def forms(frame: OutcomeFrame, upstream: Tables) -> Made:
-    return Made(estimates.forms_table(frame))
+    return Made(estimates.forms_table(frame), left_out=f"{frame.unplaced} values whose rows have no arm" if frame.unplaced else "")
 
 
 def fits(frame: OutcomeFrame, upstream: Tables) -> Made:
@@ -90,16 +90,18 @@ def _again(frame: OutcomeFrame, upstream: Tables, name: str) -> Fit:
     return estimates.fit_one(frame, estimates.specification_of(upstream["trial_forms"]), name, thetas.get(name))
 
 
-_known: dict[tuple[Any, ...], OutcomeFrame] = {}
+_known: dict[Any, tuple[tuple[Any, ...], OutcomeFrame]] = {}  # by outcome, and whether with covariates: what its rows are made of, and they
 
 
 def do(task: Task | Made) -> Made:
     """Do a task; a fault of the data is a result, because it harms no other outcome."""
     if isinstance(task, Made):
         return task
-    if (frame := _known.get(task.token)) is None:
-        frame = _known[task.token] = pickle.loads(task.frame)
+    place = (task.token[0], len(task.token))
+    if (known := _known.get(place)) is None or known[0] != task.token:
+        known = _known[place] = (task.token, pickle.loads(task.frame))
+    frame = known[1]
     try:
         return task.step(frame, task.upstream, **task.options)
-    except (TrialFault, MixedModelError) as fault:
-        return Made(fault=str(fault))
+    except FAULTS as fault:
+        return Made(fault=said(fault, frame.key))

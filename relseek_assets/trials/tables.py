@@ -65,7 +65,7 @@ FITS = TableSchema(
         Column("family", "string", "model family", choices=("lmm", "ols", "logit")),
         N,
         PARTICIPANTS,
-        Column("log_likelihood", "number", "restricted for mixed models"),
+        Column("log_likelihood", "number", "restricted for mixed models; null where a logit separates", nullable=True),
         Column("theta", "json", "relative covariance factor of the random effects", nullable=True),
         Column("sigma", "number", "residual standard deviation", nullable=True, low=0),
         Column("converged", "boolean", "the optimiser reached an optimum"),
