@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from relseek_resources.storage import StorageError, content_version
 BATCH, AT_ONCE = "openai_batch", "openai"
 LEDGER = "judge_batches"
 JOURNALS = "judge_journals"
+ANSWERS = ".answers.jsonl"  # how the prompting experiments' journals end, after a partition's name and that of a judge or author
 
 
 def judges_of(study: Study, kind: str) -> list[LanguageJudge]:
@@ -228,8 +230,8 @@ def bill(study: Study, folder: Path, kind: str, requests: Iterable[pd.DataFrame]
         found = totals[judge.name]
         lines.append(found.describe())
         before = journaled[judge.name].paid_usd if kind == AT_ONCE else _by_batch(folder, judge)
-        if refusal := _refusal(study.name, judge, found.usd, before):
-            refusals.append(f"{refusal}\n{found.describe()}")
+        if words := refusal(study.name, judge, found.usd, before):
+            refusals.append(f"{words}\n{found.describe()}")
     return Bill(sum(found.usd for found in totals.values()), tuple(lines), "\n".join(refusals))
 
 
@@ -247,8 +249,8 @@ def allowance(study: Study, judge: LanguageJudge, ledger: Ledger) -> Callable[[f
     """What refuses to have a judge asked by Batch above its budget; for `submit` and `settle`, so that asking again counts too."""
 
     def allow(usd: float) -> None:
-        if refusal := _refusal(study.name, judge, usd, committed(ledger, judge)):
-            raise OverBudget(refusal)
+        if words := refusal(study.name, judge, usd, committed(ledger, judge)):
+            raise OverBudget(words)
 
     return allow
 
@@ -260,7 +262,7 @@ def committed(ledger: Ledger, judge: LanguageJudge) -> float:
     return sum(price(total.prompt_tokens, total.completion_tokens) + total.to_come_usd for total in mine)
 
 
-def _refusal(study: str, judge: LanguageJudge, usd: float, before: float) -> str:
+def refusal(study: str, judge: LanguageJudge, usd: float, before: float) -> str:
     """Why so much more may not be spent on a judge; nothing where it may."""
     if usd + before <= judge.budget_usd:
         return ""
@@ -312,14 +314,30 @@ class Journaled:
 
 
 def _journaled(folder: Path, judge: LanguageJudge) -> Journaled:
-    """Read a judge's journals; a run that writes one is not disturbed, its torn last line left out."""
-    last: dict[str, Answer] = {}
-    for path in sorted(journals(folder, judge).rglob("*.jsonl")):
-        with path.open("rb") as lines:
-            found = (Answer(**json.loads(line)) for line in lines if line.endswith(b"\n"))
-            last.update((answer.custom_id, answer) for answer in found)
-    done = frozenset(name for name, answer in last.items() if finished(answer, judge.attempts))
-    return Journaled(done, sum(answer.cost_usd for answer in last.values()))
+    done = answered(journals(folder, judge).rglob("*.jsonl"), judge.attempts)
+    return Journaled(done, paid(folder, judge.name))
+
+
+def answered(paths: Iterable[Path], attempts: int) -> frozenset[str]:
+    """The custom_ids in journals that will not be asked again."""
+    return frozenset(name for path in paths for name, answer in _last(path).items() if finished(answer, attempts))
+
+
+def paid(folder: Path, name: str) -> float:
+    """What a judge, or an author, that is asked at once was paid for this study: by whatever endpoint, and in the prompting experiments too."""
+    mine = re.compile(rf"{re.escape(name)}(@[0-9a-f]{{8}})?")
+    of_judging = [path for home in (folder / JOURNALS).glob("*") if mine.fullmatch(home.name) for path in home.rglob("*.jsonl")]
+    of_prompting = [path for path in folder.rglob(f"*{ANSWERS}") if mine.fullmatch(path.name.removesuffix(ANSWERS).rpartition(".")[2])]
+    return sum(answer.cost_usd for path in (*of_judging, *of_prompting) for answer in _last(path).values())
+
+
+def _last(path: Path) -> dict[str, Answer]:
+    """The last answer of each custom_id; a run that writes the journal is not disturbed, its torn last line left out."""
+    if not path.is_file():
+        return {}
+    with path.open("rb") as lines:
+        found = (Answer(**json.loads(line)) for line in lines if line.endswith(b"\n"))
+        return {answer.custom_id: answer for answer in found}
 
 
 def batch_price(judge: LanguageJudge) -> Callable[[int, int], float]:

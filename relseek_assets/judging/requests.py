@@ -374,7 +374,12 @@ class Estimate:
         )
 
     def _looseness(self) -> str:
-        return f"; English text usually has 1 for {BYTES_A_TOKEN} bytes, a quarter of it" if self.counted == UPPER_BOUND else ""
+        if self.counted != UPPER_BOUND:
+            return ""
+        return (
+            f"; English text usually has 1 for {BYTES_A_TOKEN} bytes, a quarter of it; for gpt-4o and gpt-4.1, `pip install quicktok-v1` (extra "
+            "`tokens`) counts them exactly"
+        )
 
 
 def estimate(frame: pd.DataFrame, judge: LanguageJudge) -> Estimate:
@@ -399,25 +404,4 @@ def estimate(frame: pd.DataFrame, judge: LanguageJudge) -> Estimate:
         batch_discount=price.batch_discount if batch else 0.0,
         counted=mine["counted"].iloc[0] if len(mine) else counter_of(judge.model).how,
         attempts=judge.attempts,
-    )
-
-
-def refuse(estimate: Estimate, budget_usd: float, study: str) -> None:
-    """Let an estimate pass that is within the budget.
-
-    Raises:
-        OverBudget: naming the study, the judge and both figures, and what to change. Nothing has been sent.
-    """
-    if estimate.usd <= budget_usd:
-        return
-    bound = (
-        " The tokens are an upper bound, typically four times too high; for gpt-4o and gpt-4.1, `pip install quicktok-v1` (extra `tokens`) counts "
-        "them exactly."
-        if estimate.counted == UPPER_BOUND
-        else ""
-    )
-    raise OverBudget(
-        f"study {study!r}: judge {estimate.judge!r} would cost ${estimate.usd:,.2f}, which is above its budget_usd of ${budget_usd:,.2f}; nothing "
-        f"was sent. Raise budget_usd in [[judges]], or ask less: fewer doses, rubrics or examples, pairwise = false, a cheaper model, or kind = "
-        f'"openai_batch".{bound}\n{estimate.describe()}'
     )

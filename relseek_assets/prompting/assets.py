@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -17,8 +18,8 @@ import pandas as pd
 from relseek_assets import prompting_figures as figures
 from relseek_assets.behaviour import FILES, GradedReply, Rubric, read_graded_replies, read_rubric, read_rubrics, rubric_files
 from relseek_assets.dataset.pairs import evaluation_items
-from relseek_assets.judging.in_flight import at_endpoint
-from relseek_assets.judging.requests import estimate, read_comparison, refuse
+from relseek_assets.judging import in_flight
+from relseek_assets.judging.requests import OverBudget, estimate, read_comparison
 from relseek_assets.partitions import multi_key, step_key
 from relseek_assets.persona_attacks import FILE as PERSONA_ATTACKS
 from relseek_assets.persona_attacks import Scenario, read_persona_attacks
@@ -174,9 +175,10 @@ def writer_of(work: Work, wanted: Prompting, author: str, partition: str | None,
     study, sampling = work.study, sampling_of(work.study)
     declared = next((one for one in wanted.authors if one.name == author), None)
     if declared is not None and declared.kind == "openai":
-        path = work.store.path(work.context.asset_key, partition, f"{at_endpoint(author, declared.base_url)}.answers.jsonl")
-        journal = open_files.enter_context(asking.AnswerJournal(path))
-        return authors.EndpointWriter(declared, sampling, journal, report)
+        name = in_flight.at_endpoint(author, declared.base_url) + in_flight.ANSWERS
+        journal = open_files.enter_context(asking.AnswerJournal(work.store.path(work.context.asset_key, partition, name)))
+        folder = work.store.folder(study.name)
+        return authors.EndpointWriter(declared, sampling, journal, study.name, lambda: in_flight.paid(folder, author), report)
     model = work.resources.models.load(study.model_of(wanted.site), work.log)
     if author != STEERED:
         return authors.ModelWriter(model, sampling, study.sampling.batch_size, on_batch=report)
@@ -368,17 +370,34 @@ def language_comparisons(work: Work, wanted: Prompting, replies: Frames) -> dict
 
 def _refuse_judges(work: Work, judges: Sequence[LanguageJudge], asked: Mapping[tuple[str, str | None], pd.DataFrame]) -> None:
     for judge in judges:
-        mine = [frame for (name, _), frame in asked.items() if name == judge.name and len(frame)]
-        if mine:
-            found = estimate(pd.concat(mine, ignore_index=True), judge)
-            work.log.info(found.describe())
-            refuse(found, judge.budget_usd, work.study.name)
+        _refuse_judge(work, judge, {partition: frame for (name, partition), frame in asked.items() if name == judge.name})
+
+
+def _refuse_judge(work: Work, judge: LanguageJudge, asked: Mapping[str | None, pd.DataFrame]) -> None:
+    """Refuse a judge whose requests that are new, and all that it was paid for this study, are above its budget."""
+    new = [
+        frame[~frame["custom_id"].isin(list(in_flight.answered([_journal(work, judge, partition)], judge.attempts)))]
+        for partition, frame in asked.items()
+    ]
+    there = [frame for frame in new if len(frame)]
+    if there:
+        found = estimate(pd.concat(there, ignore_index=True), judge)
+        work.log.info(found.describe())
+        if refusal := in_flight.refusal(work.study.name, judge, found.usd, in_flight.paid(work.store.folder(work.study.name), judge.name)):
+            raise OverBudget(f"{refusal}\n{found.describe()}")
+
+
+def _journal(work: Work, judge: LanguageJudge, partition: str | None) -> Path:
+    return work.store.path(work.context.asset_key, partition, in_flight.at_endpoint(judge.name, judge.base_url) + in_flight.ANSWERS)
 
 
 def _ask(work: Work, judge: LanguageJudge, partition: str | None, requests: pd.DataFrame, rubrics: Mapping[str, Rubric]) -> dict[str, Any]:
-    journal = work.store.path(work.context.asset_key, partition, f"{at_endpoint(judge.name, judge.base_url)}.answers.jsonl")
-    with work.progress(len(requests), "answer", f"{work.me.name} by {judge.name}") as report:
-        return rating.ask(requests, judge, rubrics, journal, lambda answer: report())
+    with (
+        in_flight.alone(work.store.folder(work.study.name), judge),
+        work.progress(len(requests), "answer", f"{work.me.name} by {judge.name}") as report,
+    ):
+        _refuse_judge(work, judge, {partition: requests})  # again, for another run may have spent what was left
+        return rating.ask(requests, judge, rubrics, _journal(work, judge, partition), lambda answer: report())
 
 
 def _score_figures(parts: Sequence[pd.DataFrame]) -> dict[str, Any]:

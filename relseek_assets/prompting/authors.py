@@ -86,14 +86,17 @@ class EndpointWriter:
     author: Author
     sampling: Sampling
     journal: asking.AnswerJournal
+    study: str
+    paid: Callable[[], float]  # USD, for this study
     on_answer: Callable[[int], None] = lambda rows: None
 
     def __call__(self, conversations: Sequence[Conversation], seeds: Sequence[int], multipliers: Sequence[float]) -> list[Replied]:
         """
         Raises:
-            AuthorError: the endpoint cannot be asked as the study says; answers that came before are kept.
+            AuthorError: the endpoint cannot be asked as the study says, or not within the author's budget; answers that came before are kept.
         """
         requests = [request_of(self.author, self.sampling, conversation, seed) for conversation, seed in zip(conversations, seeds, strict=True)]
+        self._refuse([conversation for conversation, request in zip(conversations, requests, strict=True) if not self._known(request)])
         try:
             answers = asking.run(
                 requests,
@@ -109,6 +112,22 @@ class EndpointWriter:
         except (asking.EndpointError, PriceError) as error:
             raise AuthorError(f"author {self.author.name!r} of [[prompting.authors]]: {error}") from error
         return [self._replied(answer) for answer in answers]
+
+    def _known(self, request: Request) -> bool:
+        answer = self.journal.answers.get(request.custom_id)
+        return answer is not None and asking.finished(answer, self.author.attempts)
+
+    def _refuse(self, conversations: Sequence[Conversation]) -> None:
+        """Refuse what would, with all that was paid before, cost more than the author's budget."""
+        if not conversations:
+            return
+        found, before = estimate(self.author, "", [(conversation, 0) for conversation in conversations], self.sampling), self.paid()
+        if found["usd"] + before > self.author.budget_usd:
+            raise AuthorError(
+                f"study {self.study!r}: author {self.author.name!r} was paid ${before:,.2f}, and {found['requests']:,} replies more would cost "
+                f"${found['usd']:,.2f}, which is above its budget_usd of ${self.author.budget_usd:,.2f}; they were not sent. Raise budget_usd in "
+                "[[prompting.authors]]; what is there is kept"
+            )
 
     def _replied(self, answer: Answer) -> Replied:
         there = answer.status == "scored"

@@ -60,7 +60,7 @@ def build(stage: Stage) -> None:
 
     @stage.asset(
         group=GROUP,
-        version="1",
+        version="2",
         description="Polynomials of the dose compared, the one chosen, and whether pooled items differ in their effects.",
         partitions=partitions.outcome,
         deps={"trial_tables": own, "trial_declarations": mine},
@@ -72,7 +72,7 @@ def build(stage: Stage) -> None:
 
     @stage.asset(
         group=GROUP,
-        version="1",
+        version="2",
         description="Six models of each outcome: additive and full, by polynomial, category and level of the dose.",
         partitions=partitions.outcome,
         deps={"trial_tables": own, "trial_declarations": mine, "trial_forms": mine},
@@ -84,7 +84,7 @@ def build(stage: Stage) -> None:
 
     @stage.asset(
         group=GROUP,
-        version="1",
+        version="2",
         description="Contrasts of marginal means: main effects, moderation, change over time, dose-response coefficients.",
         partitions=partitions.outcome,
         deps={"trial_tables": own, "trial_declarations": mine, "trial_forms": mine, "trial_fits": mine},
@@ -189,7 +189,7 @@ def build(stage: Stage) -> None:
 
     @stage.asset(
         group=GROUP,
-        version="1",
+        version="2",
         description="The effect of the dose in every specification: covariates, attrition weights, and a Bayesian bootstrap over participants.",
         partitions=partitions.outcome,
         deps={

@@ -119,6 +119,9 @@ def train(request: Request) -> None:
         limit = request.max_tokens
         training = token_pairs(model, list(_pairs(request, TRAINING)), count=request.training_count, max_tokens=limit)
         heldout = token_pairs(model, list(_pairs(request, HELDOUT)), count=request.heldout_count, max_tokens=limit)
+        for what, found in (("training", training), ("held-out", heldout)):
+            if found.alike:
+                tell.log(f"{found.alike} {what} pairs are left out, because their two replies are the same")
         started = time.monotonic()
         for layer in request.layers:
             run = train_layer(request, layer, model, training, heldout, tell)

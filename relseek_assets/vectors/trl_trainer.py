@@ -262,6 +262,7 @@ class BiPOTrainer(DPOTrainer):
                 self.report(len(rows))
             before += len(epoch_rows)
             if len(self.vectors) < epoch:
+                self.state.epoch = float(epoch)  # also where every step was made before a kill
                 self._end(epoch)
             else:
                 self.report(2 * len(self.pairs["eval"].names))

@@ -50,7 +50,8 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tor
 
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    probabilities = torch.softmax(logits.double() / sampling.temperature, -1)
+    wide = logits.double()
+    probabilities = torch.softmax((wide - wide.amax(-1, keepdim=True)) / sampling.temperature, -1)  # the smallest temperature overflows otherwise
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(-1, descending=True)
         outside = ordered.cumsum(-1) - ordered >= sampling.top_p

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakValueDictionary
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -109,7 +110,8 @@ class Trial:
         self.allocation, self.speaker, self.log = allocation, speaker, log
         self._said: dict[tuple[str, str], list[Message]] = {}
         self._turns: dict[tuple[str, str], int] = defaultdict(int)
-        self._speaking: dict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._answered_turn: dict[tuple[str, str], int] = {}  # failed turns have numbers too
+        self._speaking: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()  # while somebody speaks
         self._recent: dict[str, deque[float]] = defaultdict(deque)
         self._digest = allocation.digest
         for turn in log.turns:
@@ -126,11 +128,12 @@ class Trial:
         session = self._session(participant, content)
         message, before = _asked(content, self.allocation.conduct.longest_message)
         key = (participant.name, session)
-        async with self._speaking[key]:
+        speaking = self._speaking.setdefault(key, asyncio.Lock())
+        async with speaking:
             said = self._said.get(key, [])
             if before is not None and before != said:
                 if [*before, message] == said[:-1]:
-                    return {"reply": said[-1]["content"], "session": session, "turn": self._turns[key]}
+                    return {"reply": said[-1]["content"], "session": session, "turn": self._answered_turn[key]}
                 raise Refused(409, "the conversation is not as it was; ask for its history")
             turn = await self._speak(participant, session, message, said, received)
         if turn["status"] != "ok":
@@ -219,6 +222,7 @@ class Trial:
         key = (turn["participant"], turn["session"])
         self._turns[key] = max(self._turns[key], turn["turn"])
         if turn["status"] == "ok":
+            self._answered_turn[key] = turn["turn"]
             self._said.setdefault(key, []).extend([{"role": "user", "content": turn["message"]}, {"role": "assistant", "content": turn["reply"]}])
 
     # --- at the door --------------------------------------------------------------------------------------------------

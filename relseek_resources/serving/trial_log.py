@@ -113,7 +113,7 @@ class TurnLog:
         content = self.file.read_bytes()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
-            with Path(f"{self.file}.torn").open("ab") as torn:
+            with os.fdopen(os.open(f"{self.file}.torn", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as torn:
                 torn.write(content[whole:] + b"\n")
                 torn.flush()
                 os.fsync(torn.fileno())

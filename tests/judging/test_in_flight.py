@@ -68,6 +68,29 @@ def test_two_endpoints_share_no_answers_whatever_names_them(tmp_path: Path, monk
     assert in_flight.journal_path(tmp_path, openai, PARTITION) == paths[1], "the same endpoint, named by the environment"
 
 
+def test_a_judges_budget_is_one_whoever_asks_and_wherever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    here, there = judge(), judge(base_url="http://127.0.0.1:2/v1")
+    prompting = tmp_path / "attack_scores" / "remote|casual"
+    paths = {
+        in_flight.journal_path(tmp_path, here, PARTITION): 0.25,
+        in_flight.journal_path(tmp_path, there, PARTITION): 0.25,
+        prompting / f"all.{in_flight.at_endpoint('gpt', '')}{in_flight.ANSWERS}": 0.125,
+        prompting / f"all.{in_flight.at_endpoint('gpt', there.base_url)}{in_flight.ANSWERS}": 0.125,
+        prompting / f"all.gpt-4o{in_flight.ANSWERS}": 8.0,  # other judges
+        in_flight.journal_path(tmp_path, judge(name="gpt2"), PARTITION): 16.0,
+    }
+    for path, usd in paths.items():
+        with AnswerJournal(path) as journal:
+            journal.append(Answer("a", "unreadable", "well", cost_usd=usd / 2, attempt=1))
+            journal.append(Answer("a", "scored", "7", cost_usd=usd, attempt=2))
+    assert in_flight.paid(tmp_path, "gpt") == 0.75
+    assert in_flight.paid(tmp_path, "gpt-4o") == 8.0
+    study: Any = SimpleNamespace(name="tiny", judges=[here])
+    asked = pd.DataFrame({"custom_id": ["b"], "judge": "gpt", "prompt_tokens": 300_000, "counted": "exact: m"})
+    assert "after $0.75 that it was paid" in in_flight.bill(study, tmp_path, "openai", [asked]).refusal
+
+
 def _hold(folder: Path, of: LanguageJudge, told: Any) -> None:
     with in_flight.alone(folder, of):
         told.send("held")

@@ -18,12 +18,10 @@ from relseek_assets.judging import requests as subject
 from relseek_assets.judging.requests import (
     REQUESTS,
     Comparison,
-    OverBudget,
     estimate,
     pairwise_requests,
     rating_requests,
     read_comparison,
-    refuse,
     requests_of,
 )
 from relseek_assets.study import BEHAVIOURS, LanguageJudge
@@ -311,12 +309,7 @@ def test_the_estimate_is_requests_times_prices_and_half_in_a_batch() -> None:
         estimate(made, judge(model="nobody/knows"))
 
 
-def test_above_the_budget_nothing_is_sent_and_the_message_says_what_to_change() -> None:
-    found = estimate(
-        rating_requests(replies(), RUBRIC, GRADED, judge(model="claude-3-7-sonnet-20250219"), 7), judge(model="claude-3-7-sonnet-20250219")
-    )
-    refuse(found, found.usd, "mine")
-    with pytest.raises(OverBudget) as refused:
-        refuse(found, found.usd * 0.9, "mine")
-    said = str(refused.value)
-    assert all(words in said for words in ("'mine'", "'gpt'", f"${found.usd:,.2f}", f"${found.usd * 0.9:,.2f}", "budget_usd", "upper bound"))
+def test_an_upper_bound_is_said_to_be_one_and_how_to_count_exactly() -> None:
+    claude = judge(model="claude-3-7-sonnet-20250219")
+    said = estimate(rating_requests(replies(), RUBRIC, GRADED, claude, 7), claude).describe()
+    assert all(words in said for words in ("gpt (claude", "upper bound", "quicktok-v1"))

@@ -18,6 +18,10 @@ import pandas as pd
 import pytest
 
 from relseek_assets.exchange import read_asset
+from relseek_assets.prompting import authors
+from relseek_assets.study import Author
+from relseek_resources.judges.asking import AnswerJournal
+from relseek_resources.models.sampling import Sampling
 from tests.judging.chat_server import ChatServer, Says, serving
 from tests.platform.conftest import CHECKOUT, Platform, _once, _session_folder
 
@@ -214,3 +218,20 @@ def test_a_killed_run_pays_for_no_reply_twice(swept: Prompting, tmp_path: Path) 
         after = authored(server) - before
     assert sum(after.values()) == LEVELS * ITEMS - answered
     assert len(before | after) == LEVELS * ITEMS
+
+
+def test_an_author_is_not_asked_beyond_what_its_budget_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY, "secret")
+    sampling = Sampling(temperature=1.0, max_new_tokens=100)
+    conversations = [[{"role": "user", "content": f"Say {number}"}] for number in range(3)]
+    with serving(answers) as own, AnswerJournal(tmp_path / "answers.jsonl") as journal:
+        settings = {"name": "remote", "kind": "openai", "model": "far-away", "base_url": own.url, "key_variable": KEY, "budget_usd": 0.001}
+        author = Author.model_validate({**settings, "price": {"prompt": 0.0, "completion": 2.0}})  # 100 tokens are 0.0002 USD
+        spent = [0.0]
+        writer = authors.EndpointWriter(author, sampling, journal, "mine", lambda: spent[0])
+        assert len(writer(conversations, [1, 2, 3], [0.0] * 3)) == 3
+        spent[0] = 0.0009
+        assert len(writer(conversations, [1, 2, 3], [0.0] * 3)) == 3, "what is known costs nothing"
+        with pytest.raises(authors.AuthorError, match=r"was paid \$0.00, and 1 replies more would cost \$0.00, which is above its budget_usd"):
+            writer(conversations, [1, 2, 4], [0.0] * 3)
+        assert len(own.bodies) == 3
