@@ -87,6 +87,13 @@ def test_temperature_zero_takes_the_likeliest_token_whatever_the_uniform():
     assert set(drawn(LOGITS, np.linspace(0, 0.999, 50), temperature=0)) == {3}
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-308, 5e-324])
+def test_the_smallest_temperatures_take_the_likeliest_token_too(temperature):
+    logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(0)) * 10
+    found = draw(logits, torch.full((8,), 0.999, dtype=torch.float64), Sampling(temperature))
+    assert found.tolist() == logits.argmax(-1).tolist()
+
+
 def test_a_rows_uniforms_depend_on_its_seed_alone():
     together = uniforms([11, 12, 11], 6)
     assert np.array_equal(together[0], together[2])

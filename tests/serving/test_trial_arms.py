@@ -424,7 +424,9 @@ def test_a_line_torn_by_a_crash_is_set_apart_and_costs_nothing_else(trial):
         assert list(read_turns(trial.log.file)["message"]) == ["one"]
         trial.restart()
         assert trial.log.file.read_bytes() == lines[0]
-        assert Path(f"{trial.log.file}.torn").read_bytes().endswith(lines[1][:cut] + b"\n")
+        torn = Path(f"{trial.log.file}.torn")
+        assert torn.read_bytes().endswith(lines[1][:cut] + b"\n")
+        assert torn.stat().st_mode & 0o077 == 0, "it says who is in which arm, as the log does"
         assert trial.say("p001", "three", session="s").json()["turn"] == 2
         assert list(read_turns(trial.log.file)["message"]) == ["one", "three"]
 
