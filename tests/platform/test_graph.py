@@ -33,7 +33,7 @@ ASSEMBLY = {
 RESOURCES_THAT_KNOW_DAGSTER = {"relseek_resources/compute.py"}
 #: What a stage may take from another besides its assets. The pairs are stage 1's product, and the keyed order in which stage 2
 #: takes them is part of it; the door of exchange reads no stage. What a language judge is asked is one wording, whoever's replies it rates.
-SHARED_BETWEEN_STAGES = {"dataset.pairs", "judging.requests"}
+SHARED_BETWEEN_STAGES = {"dataset.pairs", "judging.requests", "judging.in_flight"}  # a judge has one budget, whoever asks it
 
 #: ARCHITECTURE.md, "Tables that others read": names and columns are a contract.
 PROMISED = {
