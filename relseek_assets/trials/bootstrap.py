@@ -12,7 +12,8 @@ from scipy import special
 
 from relseek_assets.trials.models import Fit, LogitFit, MixedModelFit
 
-NEWTON_STEPS, SETTLED = 25, 1e-6  # from the maximum likelihood estimate, until no draw changes by more than this share of its estimates' spread
+# Newton's steps from the maximum likelihood estimate, until none is longer than this share of the draws' spread: the next would be its square.
+NEWTON_STEPS, SETTLED = 25, 1e-3
 
 
 def bayesian_bootstrap(rows: pd.DataFrame, fit: Fit, L: np.ndarray, weights: np.ndarray | None, draws: int, seed: int) -> tuple[float, float]:

@@ -115,8 +115,9 @@ def with_covariates(frame: OutcomeFrame, table: pd.DataFrame) -> OutcomeFrame:
     """The same rows with the declared covariates of a `covariates_table` beside."""
     settings = frame.trial.robustness
     declared = dict.fromkeys((*settings.demographics, *settings.preferences))
-    mine = table.reindex(frame.rows["participant"]).set_axis(frame.rows.index)
-    wanted = tuple(name for name in declared if name in table and name not in frame.rows and mine[name].nunique() > 1)
+    there = [name for name in declared if name in table and name not in frame.rows]
+    mine = table[there].reindex(frame.rows["participant"]).set_axis(frame.rows.index)
+    wanted = tuple(name for name in there if mine[name].nunique() > 1)
     beside = mine[list(wanted)]
     return replace(frame, rows=pd.concat([frame.rows, beside], axis=1), covariates=wanted)
 
