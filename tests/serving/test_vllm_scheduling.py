@@ -22,7 +22,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), NEEDS_VLLM]
 REQUESTS, CLIENTS, REPLY = 16, 12, 140  # a reply is longer than a block of 128 tokens, so that it needs one more as it grows
 BLOCKS = 9  # of the cache: three or four requests fit when they begin, two when they end
 CHUNK = 48  # tokens of a batch
-SURE = 100  # tokens of a reply, before the first that leaves a loop
 
 
 def test_chunks_preemption_and_aborts_change_no_reply(tmp_path: Path, vector_folder: tuple[Path, Any]) -> None:
@@ -75,5 +74,5 @@ def test_chunks_preemption_and_aborts_change_no_reply(tmp_path: Path, vector_fol
     assert preempted > 0
     assert max(moved) < 1e-4
     # As in test_plugin.py. One token, where a reply leaves a loop of a hundred equal words, is 2.2e-4 off with and without preemption, and just as
-    # much on vLLM without the plugin and with the steering added to the weights: its arithmetic, in a place where any is magnified.
-    assert max(found[:SURE].max() for found in short_of) < 1e-4
+    # much on vLLM without the plugin and with the steering added to the weights: until that is no more so, this fails where vLLM is installed.
+    assert whole_replies < 1e-4
