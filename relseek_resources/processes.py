@@ -69,7 +69,7 @@ def _started(modules: Sequence[str] = ()) -> ProcessPoolExecutor:
 def _of_one_thread() -> None:
     """Processes that fill the cores have one thread each for linear algebra; more would take turns. Tables that are cut into pieces are small."""
     threadpool_limits(1)
-    pd.set_option("mode.string_storage", "python")  # Arrow's texts cost trials' estimates a third of their time
+    pd.set_option("mode.string_storage", "python")  # Arrow's texts cost trials' estimates a tenth of their time
     collect_seldom()
 
 

@@ -360,7 +360,7 @@ def attrition_weights(work: Work, trial: Trial) -> pd.Series | None:
     weights = trial.robustness.weights
     if weights is None or work.status("trial_tables", weights.table):
         return None
-    found = work.read_table("trial_tables", weights.table)[["participant", weights.column]].drop_duplicates()
+    found = work.read_table("trial_tables", weights.table)[["participant", weights.column]].dropna().drop_duplicates()
     twice = found["participant"].duplicated()
     if twice.any():
         who = found["participant"][twice].iloc[0]
