@@ -76,7 +76,7 @@ def log_ratios(model: SteeredModel, cached: CachedPairs, layer: int, rows: Seque
     """
     packed = cached.pack(model, rows)
     stream = _Steered.apply(cached.stream(model, layer, rows), steered)
-    found = pair_totals(model.packed_log_probs(model.run_from(packed, layer, stream), packed), packed)
+    found = pair_totals(model.packed_log_probs_from(packed, layer, stream), packed)
     return found - cached.reference[list(rows)].to(found)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -173,6 +174,38 @@ class _Rule:
         scores = torch.tanh(scores / self.softcap) * self.softcap
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)
         return weights @ value
+
+
+# --- the last block ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def mlp_at(block: nn.Module, places: torch.Tensor) -> Iterator[None]:
+    """Inside, the block's MLP runs on the tokens at `places` only and adds nothing to the others.
+
+    After the last block nothing is read but what predicts a reply's token, so that the prompts' share of its MLP is work for nothing. A family
+    that calls it something else than `mlp` does that work.
+    """
+    inner = getattr(block, "mlp", None)
+    if inner is None:
+        yield
+        return
+    block.mlp = _At(inner, places)
+    try:
+        yield
+    finally:
+        block.mlp = inner
+
+
+class _At(nn.Module):
+    def __init__(self, inner: nn.Module, places: torch.Tensor) -> None:
+        super().__init__()
+        self.inner, self.places = inner, places
+
+    def forward(self, stream: torch.Tensor) -> Any:
+        output = self.inner(stream[:, self.places])
+        found = architecture.stream_of(output)
+        return architecture.with_stream(output, found.new_zeros(stream.shape).index_copy(1, self.places, found))
 
 
 # --- log-probabilities ------------------------------------------------------------------------------------------------

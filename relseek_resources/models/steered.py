@@ -19,7 +19,7 @@ from torch import nn
 from relseek_resources.models import architecture
 from relseek_resources.models.interventions import Active, Add, Intervention, unit_vector
 from relseek_resources.models.loading import ModelError
-from relseek_resources.models.packed import Packed, attention_within, pack, reply_log_probs
+from relseek_resources.models.packed import Packed, attention_within, mlp_at, pack, reply_log_probs
 from relseek_resources.models.sampling import Sampling, draw, uniforms
 
 Conversation = Sequence[dict[str, str]]
@@ -268,6 +268,17 @@ class SteeredModel:
         Blocks up to `layer` are passed over, so masks, rotary positions and per-layer settings stay the model's own; interventions there are
         taken to be in `stream` already. Gradients reach `stream`.
         """
+        with self._resumed(layer, stream):
+            return self.hidden(batch)
+
+    def packed_log_probs_from(self, packed: Packed, layer: int, stream: torch.Tensor) -> torch.Tensor:
+        """`packed_log_probs` of what `run_from` finds, without the work of the last block that no reply token needs."""
+        with self._resumed(layer, stream), mlp_at(self.blocks[-1], packed.sources.unique()):
+            return self.packed_log_probs(self.hidden(packed), packed)
+
+    @contextmanager
+    def _resumed(self, layer: int, stream: torch.Tensor) -> Iterator[None]:
+        """Inside, a pass starts from `stream` after block `layer`."""
         self.check_layer(layer)
         skipped = list(self.blocks[: layer + 1])
         try:
@@ -275,7 +286,7 @@ class SteeredModel:
                 block.forward = _pass_through
             skipped[-1].forward = lambda *_args, **_kwargs: stream
             self._resumed_after = layer
-            return self.hidden(batch)
+            yield
         finally:
             self._resumed_after = -1
             for block in skipped:

@@ -56,6 +56,34 @@ def test_a_packed_row_can_be_taken_up_after_any_block(tiny):
         torch.testing.assert_close(tiny.run_from(packed, layer, streams[layer]), hidden, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("layer", [0, 2, 3])
+def test_the_last_mlp_can_leave_out_what_no_reply_token_needs(tiny, layer):
+    packed, vector = tiny.pack(*tokens(tiny)), torch.full((64,), 0.1, requires_grad=True)
+    stream = tiny.run_to(packed, [layer])[0][layer].detach() + vector
+    weights, mlp, seen = torch.linspace(-1, 1, len(packed.targets)), tiny.blocks[-1].mlp, []
+    handle = mlp.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].shape[1]))
+    try:
+        whole = tiny.packed_log_probs(tiny.run_from(packed, layer, stream), packed)
+        found = tiny.packed_log_probs_from(packed, layer, stream)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(found, whole, atol=1e-5, rtol=0)
+    expected, gradient = (torch.autograd.grad((each * weights).sum(), vector)[0] for each in (whole, found))
+    assert expected.norm() > 1e-2
+    assert (gradient - expected).norm() < 1e-5 * expected.norm()
+    # each prompt's last token and all tokens of a reply but its last
+    if layer < 3:
+        assert seen == [packed.ids.shape[1], len(PROMPTS) + sum(length - 1 for length in packed.reply_lengths)]
+    assert tiny.blocks[-1].mlp is mlp
+
+
+def test_the_last_mlp_is_the_models_own_again_after_an_error(tiny):
+    mlp = tiny.blocks[-1].mlp
+    with pytest.raises(RuntimeError, match="stop"):
+        tiny.packed_log_probs_from(tiny.pack(*tokens(tiny)), 1, Failing())
+    assert tiny.blocks[-1].mlp is mlp
+
+
 def test_the_gradient_with_respect_to_the_stream_is_that_of_rows_of_their_own(tiny):
     prompts, replies = tokens(tiny)
     packed, vector = tiny.pack(prompts, replies), torch.zeros(64, requires_grad=True)
@@ -94,7 +122,7 @@ def test_a_compiled_model_gives_the_same_numbers_and_gradient_and_is_itself_agai
     def found():
         packed, vector = tiny_llama.pack(*tokens(tiny_llama)), torch.full((64,), 0.1, requires_grad=True)
         stream = tiny_llama.run_to(packed, [1])[0][1].detach() + vector
-        log_probs = tiny_llama.packed_log_probs(tiny_llama.run_from(packed, 1, stream), packed)
+        log_probs = tiny_llama.packed_log_probs_from(packed, 1, stream)
         return log_probs.detach(), torch.autograd.grad(log_probs.sum(), vector)[0]
 
     def compiled() -> set[str]:
