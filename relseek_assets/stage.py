@@ -328,7 +328,7 @@ class Stage:
             form: what its files are: tables, vectors or a page.
             schema: of its tables, or one for each partition.
             view: from the rows of all partitions to what readers are shown.
-            seconds: a stated estimate for one partition of the quickstart on two cores.
+            seconds: a stated estimate for one partition on two cores; `amounts.py` knows how much a study asks for beside the quickstart.
             optional: those of `deps` that are read where they are there: published files or other studies' assets, and what is made from them.
             waits: which partitions somebody outside is at work on; what is made from them is left out of a run.
             bill: what partitions would cost in dollars.

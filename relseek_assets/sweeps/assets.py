@@ -15,7 +15,7 @@ import dagster as dg
 import numpy as np
 import pandas as pd
 
-from relseek_assets import figures
+from relseek_assets import amounts, figures
 from relseek_assets.dataset.pairs import evaluation_items
 from relseek_assets.partitions import cell_of, multi_key, step_key
 from relseek_assets.stage import Stage, Work, plot
@@ -68,7 +68,7 @@ def build(stage: Stage) -> None:
         schema=tables.GENERATIONS,
         kinds=("pytorch",),
         pool="gpu",
-        seconds=5,
+        seconds=8 * amounts.replies(study),
     )
     def generations(work: Work) -> Iterator[dg.AssetMaterialization]:
         items = sweep_items(work).sort_values("conversation")
@@ -109,7 +109,7 @@ def build(stage: Stage) -> None:
         schema=tables.GENERATION_METRICS,
         kinds=("pytorch",),
         pool="gpu",
-        seconds=6,
+        seconds=16 * amounts.scores(study),
     )
     def generation_metrics(work: Work) -> Iterator[dg.AssetMaterialization]:
         items = sweep_items(work).set_index("conversation")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 import pandas as pd
 
-from relseek_assets import figures
+from relseek_assets import amounts, figures
 from relseek_assets.dataset.pairs import heldout_pairs, training_pairs
 from relseek_assets.partitions import cell_of
 from relseek_assets.stage import VECTORS, Stage, Work, plot
@@ -136,7 +136,7 @@ def _trained(stage: Stage) -> None:
         form=VECTORS,
         kinds=("pytorch",),
         pool="gpu",
-        seconds=120,
+        seconds=100 * amounts.training(study),
     )
     def training_run(work: Work) -> Iterator[dg.AssetMaterialization]:
         pairs = work.read_table("preference_pairs")
