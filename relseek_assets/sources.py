@@ -251,7 +251,8 @@ def _author_declarations(prompting: Prompting) -> Look:
     """Each author has a version of its own, so that a further one makes nothing of the others stale. Budgets and the like change no reply."""
 
     def look() -> Seen:
-        declared = {author.name: author.model_dump(include={"name", "kind", "model", "base_url", "price"}) for author in prompting.authors}
+        known = {"name", "kind", "model", "base_url", "price"}
+        declared = {author.name: {**author.model_dump(include=known), **author.unusual} for author in prompting.authors}
         return {name: (content_version(found), {"declared": dg.MetadataValue.json(found)}) for name, found in declared.items()}
 
     return look

@@ -190,17 +190,30 @@ class Price(_Settings):
     completion: float = Field(ge=0)
 
 
-class LanguageJudge(_Settings):
+class _Asked(_Settings):
+    """How a model behind an endpoint is asked. `default_sampling` leaves temperature, top_p and seed to it; some refuse these, or `max_tokens`."""
+
+    token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    default_sampling: bool = False
+
+    @property
+    def unusual(self) -> dict[str, Any]:
+        """What of this is not as it is unless said otherwise."""
+        return self.model_dump(include={"token_limit", "default_sampling"}, exclude_defaults=True)
+
+
+class LanguageJudge(_Asked):
     """A language model that rates and compares beside the embedded judge, behind an OpenAI-compatible endpoint.
 
     `openai` asks at once, `openai_batch` by Batch. An empty `base_url` is OPENAI_BASE_URL or OpenAI's own; the key is read from the environment
     variable `key_variable`. No `rubrics` are all of the behaviour's. Nothing is sent while what it was paid, what is in flight and the estimate
-    of what would be sent are together above `budget_usd`.
+    of what would be sent are together above `budget_usd`. `family` is who made it, in a word that authors of the same house share.
     """
 
     name: str
     kind: Literal["openai", "openai_batch"]
     model: str
+    family: str = ""
     base_url: str = ""
     key_variable: str = "OPENAI_API_KEY"
     rubrics: tuple[str, ...] = ()
@@ -224,7 +237,7 @@ class LanguageJudge(_Settings):
         return self
 
 
-class Author(_Settings):
+class Author(_Asked):
     """Who answers when a level of the behaviour is asked for in words: the study's own model unsteered (`model`), or one behind an OpenAI-compatible
     endpoint (`openai`), of which the fields say what they say of a judge. `published` ones have answered already.
     """
@@ -232,6 +245,7 @@ class Author(_Settings):
     name: str
     kind: Literal["model", "openai", "published"]
     model: str = ""
+    family: str = ""
     base_url: str = ""
     key_variable: str = "OPENAI_API_KEY"
     attempts: int = Field(default=3, ge=1)
@@ -254,11 +268,37 @@ class Author(_Settings):
         return self
 
 
+class SteeredEndpoint(_Settings):
+    """A server that steers, of `relseek serve` or vLLM with the plugin: it writes the steered model's replies instead of a model loaded here.
+
+    `base_url` ends on `/v1`. `vector` is the server's name of the vector, `SITE@eNN` as `relseek serve` calls it unless given. Nothing is charged
+    unless a `price` is stated, and then `budget_usd` bounds it.
+    """
+
+    base_url: str = Field(min_length=1)
+    model: str = Field(min_length=1)
+    vector: str = ""
+    key_variable: str = "OPENAI_API_KEY"
+    attempts: int = Field(default=3, ge=1)
+    concurrency: int = Field(default=16, ge=1)
+    price: Price | None = None
+    budget_usd: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _checked(self) -> SteeredEndpoint:
+        if self.price is not None and "budget_usd" not in self.model_fields_set:
+            raise ValueError("budget_usd: missing; a server with a price needs it")
+        if self.price is None and "budget_usd" in self.model_fields_set:
+            raise ValueError("budget_usd is not read of a server without a price; state its price or remove it")
+        return self
+
+
 class Prompting(_Settings):
     """Levels of the behaviour asked for in words against doses of one vector, and persona attacks on both (spec/pipeline.md, section 5).
 
     Level k corresponds to the k-th of `doses`. `attacked` are the levels that are attacked, the ends and the middle unless named; `themes` those of
     the behaviour's persona_attacks.toml, all unless named. `judges` are names of [[judges]] that are asked at once, all of them unless named.
+    `family` is that of the study's own model, steered or not. With `steered_endpoint` a server writes what the steered model says.
     """
 
     site: str
@@ -269,6 +309,8 @@ class Prompting(_Settings):
     attacked: tuple[int, ...] = ()
     themes: tuple[str, ...] = ()
     judges: tuple[str, ...] = ()
+    family: str = ""
+    steered_endpoint: SteeredEndpoint | None = None
 
     @model_validator(mode="after")
     def _checked(self) -> Prompting:
@@ -299,6 +341,12 @@ class Prompting(_Settings):
 
     def author(self, name: str) -> Author:
         return next(author for author in self.authors if author.name == name)
+
+    @property
+    def families(self) -> dict[str, str]:
+        """Author -> family, the steered model among them; only those that have one."""
+        own = {author.name: self.family if author.kind == "model" else author.family for author in self.authors}
+        return {name: family for name, family in {"steered": self.family, **own}.items() if family}
 
 
 class Compute(_Settings):
@@ -576,7 +624,8 @@ class Study(_Settings):
         if wanted.published:
             if not self.published.scores:
                 raise ValueError("prompting.authors: published ones are compared with published scores; set published.scores")
-            given = {name for name in ("examples", "attacked", "themes", "judges") if name in wanted.model_fields_set}
+            unread = ("examples", "attacked", "themes", "judges", "family", "steered_endpoint")
+            given = {name for name in unread if name in wanted.model_fields_set}
             if given:
                 raise ValueError(f"prompting.{min(given)} is not read where everything is published; remove it")
             return
@@ -594,6 +643,12 @@ class Study(_Settings):
         unknown = [name for name in wanted.judges if name not in at_once]
         if unknown:
             raise ValueError(f"prompting.judges: {unknown[0]!r} is none of [[judges]] of the kind 'openai'; there is {', '.join(at_once) or 'none'}")
+        judges = {judge.name for judge in self.judges}
+        if shared := [author.name for author in wanted.authors if author.name in judges]:
+            raise ValueError(
+                f"prompting.authors: {shared[0]!r} of [[prompting.authors]] has the name of one of [[judges]]; give one of the two another name, "
+                "for what each was paid is kept by its name"
+            )
         if len(self.attacked_conversations) > MOST_PARTITIONS_OF_A_FAN_IN:
             raise ValueError(f"prompting: {len(self.attacked_conversations)} authors by themes; a study may have {MOST_PARTITIONS_OF_A_FAN_IN}")
 

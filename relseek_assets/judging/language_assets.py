@@ -41,7 +41,7 @@ def rubrics_of(judge: LanguageJudge, rubrics: dict[str, Rubric]) -> list[tuple[s
 
 def asks(judge: LanguageJudge) -> dict[str, Any]:
     """The settings of a judge that its requests are made from."""
-    return judge.model_dump(include={"name", "model", "rubrics", "examples", "max_tokens"})
+    return {**judge.model_dump(include={"name", "model", "rubrics", "examples", "max_tokens"}), **judge.unusual}
 
 
 def build(stage: Stage) -> None:
@@ -310,7 +310,8 @@ def _ask(work: Work, judge: LanguageJudge, partition: str | None, requests: pd.D
         asking.AnswerJournal(in_flight.journal_path(folder, judge, str(partition))) as journal,
         work.progress(int((requests["judge"] == judge.name).sum()), "question", f"{judge.name} {partition}") as report,
     ):
-        in_flight.refuse(in_flight.bill(work.study, folder, in_flight.AT_ONCE, [requests[requests["judge"] == judge.name]]))
+        bill = in_flight.bill(work.study, folder, in_flight.AT_ONCE, [requests[requests["judge"] == judge.name]])
+        in_flight.refuse(bill)
         return asking.run(
             in_flight.requests_to(requests, judge),
             accept,
@@ -319,6 +320,7 @@ def _ask(work: Work, judge: LanguageJudge, partition: str | None, requests: pd.D
             price=price_of(judge.model, judge.price),
             attempts=judge.attempts,
             concurrency=judge.concurrency,
+            spare_usd=judge.budget_usd - in_flight.paid(folder, judge.name) - (bill.usd or 0.0),
             journal=journal,
             on_answer=lambda answer: report() if answer.attempt == 1 else None,
         )

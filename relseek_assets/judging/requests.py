@@ -283,7 +283,8 @@ class _Parts:
     def __init__(self, judge: LanguageJudge, name: str, properties: dict[str, Any]):
         schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
         form = {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": schema}}
-        shell = {"model": judge.model, "temperature": 0, "max_tokens": judge.max_tokens, "response_format": form}
+        sampled = {} if judge.default_sampling else {"temperature": 0}
+        shell = {"model": judge.model, **sampled, judge.token_limit: judge.max_tokens, "response_format": form}
         counter = counter_of(judge.model)
         self.counted = counter.how
         self._count = counter.count

@@ -299,8 +299,10 @@ def judge_biases(scores: pd.DataFrame, pairs: pd.DataFrame | None, lengths: pd.D
 # --- self-preference --------------------------------------------------------------------------------------------------
 
 
-def self_preference(rows: pd.DataFrame, families: Mapping[str, str], match: Sequence[str] = ("item", "author_a", "author_b")) -> pd.DataFrame:
-    """SELF_PREFERENCE of head-to-head judgements.
+def self_preference(
+    rows: pd.DataFrame, judges: Mapping[str, str], authors: Mapping[str, str], match: Sequence[str] = ("item", "author_a", "author_b")
+) -> pd.DataFrame:
+    """SELF_PREFERENCE of head-to-head judgements, by every judge that shares a family with an author; no rows where none does.
 
     Whether a judge favours its own family or the family is better, its own answers do not tell. Two comparisons do: with judges of other
     families on the same replies, and at equal quality by somebody else's measure.
@@ -308,24 +310,28 @@ def self_preference(rows: pd.DataFrame, families: Mapping[str, str], match: Sequ
     Args:
         rows: item, judge, author_a, author_b, winner (`a`, `b`, or null where nobody won), the columns of `match`, and where an independent quality
             is known, quality_a and quality_b.
-        families: judge or author -> family. A name that is not there is a family of its own.
+        judges: judge -> family. One that is not there has none, and counts as of another family than everybody.
+        authors: author -> family, likewise.
         match: what makes two judges' rows the same comparison.
     """
     decided = rows[rows["winner"].notna()]
-    of = {name: families.get(name, name) for column in ("judge", "author_a", "author_b") for name in rows[column].unique()}
-    sides = {side: decided[f"author_{side}"].map(of) for side in "ab"}
+    sides = {side: decided[f"author_{side}"].map(authors) for side in "ab"}
+    shared = set(authors.values())
     found: list[dict[str, Any]] = []
     for judge in sorted(rows["judge"].unique()):
-        own = {side: sides[side] == of[judge] for side in "ab"}
+        family = judges.get(judge)
+        if not family or family not in shared:
+            continue
+        own = {side: sides[side] == family for side in "ab"}
         concerned = decided[own["a"] ^ own["b"]].assign(own=np.where(own["a"], "a", "b")[(own["a"] ^ own["b"]).to_numpy()])
         concerned = concerned.assign(won=(concerned["winner"] == concerned["own"]).astype(float))
-        mine, others = concerned[concerned["judge"] == judge], concerned[concerned["judge"].map(of) != of[judge]]
+        mine, others = concerned[concerned["judge"] == judge], concerned[concerned["judge"].map(judges) != family]
         measured = {
             "own_share": _mean(mine["won"], mine["item"], "the judge compared nobody of its own family with others"),
             "beyond_other_judges": _beyond(mine, others, list(match)),
             "at_equal_quality": _at_equal_quality(mine),
         }
-        found += [{"judge": judge, "family": of[judge], "measure": measure, **row} for measure, row in measured.items()]
+        found += [{"judge": judge, "family": family, "measure": measure, **row} for measure, row in measured.items()]
     return pd.DataFrame(found, columns=list(SELF_PREFERENCE.names))
 
 

@@ -6,16 +6,17 @@ Here belong plain computations on tables. Where scores come from belongs in `rat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
+from relseek_assets.judging import validity
 from relseek_assets.mixed_models import MixedFit, RandomTerm, fit_matrices
 from relseek_assets.persona_attacks import ADD, ATTACK_TYPES
-from relseek_assets.prompting.tables import ATTACK_SHIFTS, BOTH, HEAD_TO_HEAD, LEVEL_MODELS, LEVEL_SLOPES, STEERED, TERMS
+from relseek_assets.prompting.tables import ATTACK_SHIFTS, BOTH, HEAD_TO_HEAD, LEVEL_BIASES, LEVEL_MODELS, LEVEL_SLOPES, STEERED, TERMS
 
 # --- experiment 1: slopes ---------------------------------------------------------------------------------------------
 
@@ -171,6 +172,43 @@ def clustered_mean(values: np.ndarray, clusters: Any) -> dict[str, Any]:
     se = math.sqrt(count / (count - 1) * float((sums**2).sum())) / n
     half = float(stats.t.ppf(0.975, count - 1)) * se
     return {"estimate": mean, "se": se, "df": float(count - 1), "lower": mean - half, "upper": mean + half, "clusters": count, "n": n}
+
+
+# --- experiment 1: what a judge's choice owes to something else -------------------------------------------------------
+
+
+def level_biases(pairs: pd.DataFrame) -> pd.DataFrame:
+    """LEVEL_BIASES of `level_pairs`. Who competes is an author at a level, as it is a dose in the sweep."""
+    sides = pairs.groupby(["author", "level"]).ngroup() * 2
+    names = {STEERED: "a", "author": "b"}
+    shown = pairs.assign(multiplier_a=sides, multiplier_b=sides + 1, first_shown=pairs["first_shown"].map(names), winner=pairs["winner"].map(names))
+    rows = [
+        {"judge": judge, "bias": "position", "measure": measure, **found}
+        for judge, part in shown.groupby("judge")
+        for measure, found in validity.position_bias(part).items()
+    ]
+    return pd.DataFrame(rows, columns=list(LEVEL_BIASES.names))
+
+
+def self_preference(pairs: pd.DataFrame, quality: pd.DataFrame, judges: Mapping[str, str], authors: Mapping[str, str]) -> pd.DataFrame:
+    """SELF_PREFERENCE of `level_pairs`; a comparison is the same where author, level and item are.
+
+    Args:
+        quality: author, level, item and score: an independent judge's, of the steered model's replies and the authors'.
+        judges: judge -> family.
+        authors: author -> family, the steered model's among them.
+    """
+    cells = ["author", "level", "item"]
+    scores = quality.set_index(cells)["score"]
+    theirs, ours = pd.MultiIndex.from_frame(pairs[cells]), pd.MultiIndex.from_frame(pairs[cells].assign(author=STEERED))
+    rows = pairs[["item", "level", "judge"]].assign(
+        author_a=STEERED,
+        author_b=pairs["author"],
+        winner=pairs["winner"].map({STEERED: "a", "author": "b"}),
+        quality_a=scores.reindex(ours).to_numpy(float),
+        quality_b=scores.reindex(theirs).to_numpy(float),
+    )
+    return validity.self_preference(rows, judges, authors, ("item", "level", "author_a", "author_b"))
 
 
 # --- experiment 2 -----------------------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
 """The prompting experiments as assets: levels asked for in words against doses, and persona attacks on both.
 
-The steered model's side of experiment 1 is the sweep and its scores; nothing of it is generated twice.
+The steered model's side of experiment 1 is the sweep and its scores; nothing of it is generated twice. Where a server writes the steered replies, it
+is that server's replies to the same prompts.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,18 @@ from relseek_assets.behaviour import FILES, GradedReply, Rubric, read_graded_rep
 from relseek_assets.dataset.pairs import evaluation_items
 from relseek_assets.judging import in_flight
 from relseek_assets.judging.requests import OverBudget, estimate, read_comparison
+from relseek_assets.judging.validity import SELF_PREFERENCE
 from relseek_assets.partitions import multi_key, step_key
 from relseek_assets.persona_attacks import FILE as PERSONA_ATTACKS
 from relseek_assets.persona_attacks import Scenario, read_persona_attacks
-from relseek_assets.prompting import analysis, attacks, authors, published_assets, rating, steerability, tables
+from relseek_assets.prompting import analysis, attacks, authors, published_assets, rating, served, steerability, tables
 from relseek_assets.prompting.levels import Level, examples_of, read_trait
 from relseek_assets.prompting.tables import STEERED
-from relseek_assets.stage import Stage, Work, plot
-from relseek_assets.study import LanguageJudge, Prompting, Study, layer_of
+from relseek_assets.stage import VECTORS, Stage, Work, plot
+from relseek_assets.study import Author, LanguageJudge, Prompting, Study, layer_of
 from relseek_resources.judges import asking, coherence, embedded
 from relseek_resources.models.sampling import Sampling
+from relseek_resources.storage import file_sha256
 
 GROUP = "prompting"
 MINE = dg.IdentityPartitionMapping()
@@ -44,6 +47,7 @@ def build(stage: Stage) -> None:
     else:
         _generated(stage, wanted)
         _rated(stage, wanted)
+        _preferred(stage, wanted)
     _analysed(stage, wanted)
 
 
@@ -153,7 +157,7 @@ def _generated(stage: Stage, wanted: Prompting) -> None:
             "persona_attacks": None,
             **asked,
         },
-        settings=[*replies, wanted.model_dump(include={"doses", "examples", "attacked", "site", "epoch"})],
+        settings=[*replies, wanted.model_dump(include={"doses", "examples", "attacked", "site", "epoch"}), *_server(wanted)],
         schema=tables.ATTACK_CONVERSATIONS,
         kinds=("pytorch",),
         pool="gpu",
@@ -169,22 +173,56 @@ def _generated(stage: Stage, wanted: Prompting) -> None:
                 frame = attacks.play(author, played, writer_of(work, wanted, author, partition, report, open_files), study.seed)
             yield work.table(partition, frame, _reply_figures(frame))
 
+    if wanted.steered_endpoint is not None:
+
+        @stage.asset(
+            group=GROUP,
+            version="1",
+            description="The steered model's replies to the held-out prompts at the dose of every level, from the server of steered_endpoint.",
+            deps={vector: partitions.of(multi_key(wanted.site, step_key(wanted.epoch))), "preference_pairs": None, **asked},
+            settings=[*replies, study.prompts.model_dump(), wanted.doses, wanted.site, wanted.epoch, *_server(wanted)],
+            schema=tables.PROMPTED_GENERATIONS,
+            seconds=60,
+        )
+        def steered_replies(work: Work) -> Iterator[dg.AssetMaterialization]:
+            rows = steerability.level_rows(STEERED, asked_items(work), levels_of(wanted), system_prompts(study, wanted))
+            with work.progress(len(rows), "reply", "steered replies") as report, ExitStack() as open_files:
+                frame = steerability.written(rows, writer_of(work, wanted, STEERED, None, report, open_files))
+            yield work.table(None, frame, _reply_figures(frame))
+
+
+def _server(wanted: Prompting) -> list[Any]:
+    """What of a server's declaration its replies depend on, if there is one."""
+    return [] if wanted.steered_endpoint is None else [wanted.steered_endpoint.model_dump(include={"base_url", "model"})]
+
 
 def writer_of(work: Work, wanted: Prompting, author: str, partition: str | None, report: Any, open_files: ExitStack) -> authors.Writer:
     """Who writes an author's replies; what an endpoint is paid for is kept beside the partition's table."""
     study, sampling = work.study, sampling_of(work.study)
+    asset = "derived_vectors" if wanted.site in study.derived_sites else "steering_vectors"
+    if author == STEERED and wanted.steered_endpoint is not None:
+        endpoint, key = wanted.steered_endpoint, work.upstream(asset, partition)[0]
+        name = endpoint.vector or f"{wanted.site}@{step_key(wanted.epoch)}"
+        vector = served.ServedVector(name, file_sha256(work.store.path(work.key(asset), key, VECTORS)), layer_of(wanted.site))
+        declared_as = served.author_of(endpoint)
+        journal, paid = _journal_of_author(work, declared_as, partition, open_files)
+        return served.ServedWriter(declared_as, sampling, journal, study.name, paid, report, vector=vector)
     declared = next((one for one in wanted.authors if one.name == author), None)
     if declared is not None and declared.kind == "openai":
-        name = in_flight.at_endpoint(author, declared.base_url) + in_flight.ANSWERS
-        journal = open_files.enter_context(asking.AnswerJournal(work.store.path(work.context.asset_key, partition, name)))
-        folder = work.store.folder(study.name)
-        return authors.EndpointWriter(declared, sampling, journal, study.name, lambda: in_flight.paid(folder, author), report)
+        journal, paid = _journal_of_author(work, declared, partition, open_files)
+        return authors.EndpointWriter(declared, sampling, journal, study.name, paid, report)
     model = work.resources.models.load(study.model_of(wanted.site), work.log)
     if author != STEERED:
         return authors.ModelWriter(model, sampling, study.sampling.batch_size, on_batch=report)
-    asset = "derived_vectors" if wanted.site in study.derived_sites else "steering_vectors"
-    vector = work.read_tensors(asset, work.upstream(asset, partition)[0])[0]["vector"]
-    return authors.ModelWriter(model, sampling, study.sampling.batch_size, vector, layer_of(wanted.site), report)
+    tensor = work.read_tensors(asset, work.upstream(asset, partition)[0])[0]["vector"]
+    return authors.ModelWriter(model, sampling, study.sampling.batch_size, tensor, layer_of(wanted.site), report)
+
+
+def _journal_of_author(work: Work, author: Author, partition: str | None, open_files: ExitStack) -> tuple[asking.AnswerJournal, Callable[[], float]]:
+    """The journal of an author's answers beside the partition's table, and what the author was paid for the study."""
+    name, folder = in_flight.at_endpoint(author.name, author.base_url) + in_flight.ANSWERS, work.store.folder(work.study.name)
+    journal = open_files.enter_context(asking.AnswerJournal(work.store.path(work.context.asset_key, partition, name)))
+    return journal, lambda: in_flight.paid(folder, author.name)
 
 
 def _refuse_authors(work: Work, wanted: Prompting, names: Sequence[str]) -> None:
@@ -204,7 +242,7 @@ def _reply_figures(frame: pd.DataFrame) -> dict[str, Any]:
 
 def _judge_settings(study: Study) -> list[Any]:
     wording = {"name", "model", "base_url", "rubrics", "pairwise", "examples", "max_tokens"}
-    return [study.seed, study.prompts.system, [judge.model_dump(include=wording) for judge in study.prompting_judges]]
+    return [study.seed, study.prompts.system, [{**judge.model_dump(include=wording), **judge.unusual} for judge in study.prompting_judges]]
 
 
 def rubrics_of(study: Study) -> dict[str, tuple[Rubric, Sequence[GradedReply]]]:
@@ -227,7 +265,6 @@ def plain_conversations(study: Study, prompts: Sequence[Any]) -> list[list[dict[
 def _rated(stage: Stage, wanted: Prompting) -> None:
     study, partitions = stage.study, stage.partitions
     rubric_sources = dict.fromkeys(rubric_files(study.behaviour_folder))
-    doses = [multi_key(wanted.site, step_key(wanted.epoch, dose)) for dose in wanted.doses]
 
     @stage.asset(
         group=GROUP,
@@ -243,23 +280,23 @@ def _rated(stage: Stage, wanted: Prompting) -> None:
         seconds=20,
     )
     def level_scores(work: Work) -> Iterator[dg.AssetMaterialization]:
-        keys = ["author", "level", "multiplier", "item"]
-        judge, fluency = embedded_judge(work), coherence.CoherenceJudge.from_arrays(work.read_tensors("coherence_judge")[0])
-        disposition = read_rubric(study.behaviour_folder / FILES["rating_rubric"]).name
-        sense = read_rubric(study.behaviour_folder / FILES["coherence_rubric"]).name
-        model = work.resources.models.load(study.model_of(wanted.site), work.log)
-        replies = {name: work.read_table("prompted_generations", name) for name in work.partitions}
-        conversations = {name: plain_conversations(study, frame["prompt"]) for name, frame in replies.items()}
-        said = language_ratings(work, replies, {name: list(frame["item"]) for name, frame in replies.items()}, conversations, rubrics_of(study), keys)
-        for name, frame in replies.items():
-            texts = list(frame["reply"].fillna(""))
-            with work.progress(len(frame), "reply", f"perplexity of {name}") as report:
-                perplexities = rating.perplexities(model, conversations[name], frame, report)
-            parts = [
-                rating.embedded_scores(frame, keys, embedded.NAME, judge.scores(texts)).assign(rubric=disposition),
-                rating.embedded_scores(frame, keys, coherence.NAME, fluency.scores(texts, perplexities)).assign(rubric=sense),
-            ]
-            yield work.table(name, pd.concat([*parts, *said[name]], ignore_index=True), _score_figures([*parts, *said[name]]))
+        yield from _scored(work, wanted, {name: work.read_table("prompted_generations", name) for name in work.partitions})
+
+    if wanted.steered_endpoint is not None:
+
+        @stage.asset(
+            group=GROUP,
+            version="1",
+            description="Scores of every reply of the steering server, by those who score the prompted replies.",
+            deps={"steered_replies": None, **dict.fromkeys(("embedded_judge", "coherence_judge", "base_models", "few_shots")), **rubric_sources},
+            settings=_judge_settings(study),
+            schema=tables.LEVEL_SCORES,
+            kinds=("pytorch", "scikitlearn"),
+            pool="gpu",
+            seconds=20,
+        )
+        def steered_level_scores(work: Work) -> Iterator[dg.AssetMaterialization]:
+            yield from _scored(work, wanted, {None: work.read_table("steered_replies")})
 
     @stage.asset(
         group=GROUP,
@@ -269,8 +306,7 @@ def _rated(stage: Stage, wanted: Prompting) -> None:
         deps={
             "prompted_generations": MINE,
             "level_scores": MINE,
-            "generations": partitions.of(*doses),
-            "judge_scores": partitions.of(*doses),
+            **steered_side(stage, wanted, "generations", "judge_scores"),
             **dict.fromkeys(("pairwise_definition", "rating_rubric", "few_shots")),
         },
         settings=[*_judge_settings(study), wanted.doses],
@@ -315,6 +351,35 @@ def _rated(stage: Stage, wanted: Prompting) -> None:
 
 
 Frames = Mapping[str | None, pd.DataFrame]
+SERVED = {"generations": "steered_replies", "judge_scores": "steered_level_scores"}  # what stands for the sweep where a server writes
+
+
+def steered_side(stage: Stage, wanted: Prompting, *names: str) -> dict[str, dg.PartitionMapping | None]:
+    """The steered model's replies or scores at the doses of the levels, as inputs: the sweep's, or those of the server."""
+    if wanted.steered_endpoint is not None:
+        return {SERVED[name]: None for name in names}
+    doses = [multi_key(wanted.site, step_key(wanted.epoch, dose)) for dose in wanted.doses]
+    return {name: stage.partitions.of(*doses) for name in names}
+
+
+def _scored(work: Work, wanted: Prompting, replies: Frames) -> Iterator[dg.AssetMaterialization]:
+    """Tables of LEVEL_SCORES from tables of PROMPTED_GENERATIONS by partition."""
+    study, keys = work.study, ["author", "level", "multiplier", "item"]
+    judge, fluency = embedded_judge(work), coherence.CoherenceJudge.from_arrays(work.read_tensors("coherence_judge")[0])
+    disposition = read_rubric(study.behaviour_folder / FILES["rating_rubric"]).name
+    sense = read_rubric(study.behaviour_folder / FILES["coherence_rubric"]).name
+    model = work.resources.models.load(study.model_of(wanted.site), work.log)
+    conversations = {name: plain_conversations(study, frame["prompt"]) for name, frame in replies.items()}
+    said = language_ratings(work, replies, {name: list(frame["item"]) for name, frame in replies.items()}, conversations, rubrics_of(study), keys)
+    for name, frame in replies.items():
+        texts = list(frame["reply"].fillna(""))
+        with work.progress(len(frame), "reply", f"perplexity of {name or STEERED}") as report:
+            perplexities = rating.perplexities(model, conversations[name], frame, report)
+        parts = [
+            rating.embedded_scores(frame, keys, embedded.NAME, judge.scores(texts)).assign(rubric=disposition),
+            rating.embedded_scores(frame, keys, coherence.NAME, fluency.scores(texts, perplexities)).assign(rubric=sense),
+        ]
+        yield work.table(name, pd.concat([*parts, *said[name]], ignore_index=True), _score_figures([*parts, *said[name]]))
 
 
 def language_ratings(
@@ -353,8 +418,11 @@ def language_comparisons(work: Work, wanted: Prompting, replies: Frames) -> dict
         return found
     definition = read_comparison(study.behaviour_folder / FILES["pairwise_definition"])
     graded = read_graded_replies(study.behaviour_folder / FILES["few_shots"])
-    swept = pd.concat([work.read_table("generations", key) for key in work.upstream("generations", next(iter(replies)))])
-    steered = swept.assign(level=level_numbers(swept, wanted))[["level", "item", "prompt", "reply"]]
+    if wanted.steered_endpoint is not None:
+        written = work.read_table("steered_replies")
+    else:
+        written = pd.concat([work.read_table("generations", key) for key in work.upstream("generations", next(iter(replies)))])
+    steered = written.assign(level=level_numbers(written, wanted))[["level", "item", "prompt", "reply"]]
     asked = {
         (judge.name, key): rating.comparisons_asked(steered, frame, definition, graded, judge, study.seed)
         for judge in judges
@@ -373,18 +441,20 @@ def _refuse_judges(work: Work, judges: Sequence[LanguageJudge], asked: Mapping[t
         _refuse_judge(work, judge, {partition: frame for (name, partition), frame in asked.items() if name == judge.name})
 
 
-def _refuse_judge(work: Work, judge: LanguageJudge, asked: Mapping[str | None, pd.DataFrame]) -> None:
-    """Refuse a judge whose requests that are new, and all that it was paid for this study, are above its budget."""
+def _refuse_judge(work: Work, judge: LanguageJudge, asked: Mapping[str | None, pd.DataFrame]) -> float:
+    """Refuse a judge whose new requests, and all that it was paid for this study, are above its budget; what the budget leaves beside them."""
     new = [
         frame[~frame["custom_id"].isin(list(in_flight.answered([_journal(work, judge, partition)], judge.attempts)))]
         for partition, frame in asked.items()
     ]
     there = [frame for frame in new if len(frame)]
-    if there:
-        found = estimate(pd.concat(there, ignore_index=True), judge)
-        work.log.info(found.describe())
-        if refusal := in_flight.refusal(work.study.name, judge, found.usd, in_flight.paid(work.store.folder(work.study.name), judge.name)):
-            raise OverBudget(f"{refusal}\n{found.describe()}")
+    if not there:
+        return 0.0
+    found, paid = estimate(pd.concat(there, ignore_index=True), judge), in_flight.paid(work.store.folder(work.study.name), judge.name)
+    work.log.info(found.describe())
+    if refusal := in_flight.refusal(work.study.name, judge, found.usd, paid):
+        raise OverBudget(f"{refusal}\n{found.describe()}")
+    return judge.budget_usd - paid - found.usd
 
 
 def _journal(work: Work, judge: LanguageJudge, partition: str | None) -> Path:
@@ -396,8 +466,8 @@ def _ask(work: Work, judge: LanguageJudge, partition: str | None, requests: pd.D
         in_flight.alone(work.store.folder(work.study.name), judge),
         work.progress(len(requests), "answer", f"{work.me.name} by {judge.name}") as report,
     ):
-        _refuse_judge(work, judge, {partition: requests})  # again, for another run may have spent what was left
-        return rating.ask(requests, judge, rubrics, _journal(work, judge, partition), lambda answer: report())
+        spare = _refuse_judge(work, judge, {partition: requests})  # again, for another run may have spent what was left
+        return rating.ask(requests, judge, rubrics, _journal(work, judge, partition), spare, lambda answer: report())
 
 
 def _score_figures(parts: Sequence[pd.DataFrame]) -> dict[str, Any]:
@@ -416,8 +486,10 @@ def level_numbers(frame: pd.DataFrame, wanted: Prompting) -> np.ndarray:
 
 def steered_scores(work: Work, wanted: Prompting) -> pd.DataFrame:
     """Scores of the steered model at the doses of the levels, in the columns that scores of levels share with them."""
-    parts = [work.read_table("judge_scores", key) for key in work.upstream("judge_scores", work.partitions[0])]
-    frame = pd.concat(parts, ignore_index=True)
+    if wanted.steered_endpoint is not None:
+        frame = work.read_table("steered_level_scores")
+    else:
+        frame = pd.concat([work.read_table("judge_scores", key) for key in work.upstream("judge_scores", work.partitions[0])], ignore_index=True)
     return frame.assign(author=STEERED, level=level_numbers(frame, wanted))[["author", "level", "multiplier", "item", "rubric", "judge", "score"]]
 
 
@@ -428,10 +500,47 @@ def all_scores(work: Work, wanted: Prompting) -> pd.DataFrame:
     return pd.concat([ours, *theirs], ignore_index=True)
 
 
+def all_pairs(work: Work) -> pd.DataFrame:
+    """Comparisons of every author that is there with the steered model."""
+    return pd.concat([work.read_table("level_pairs", key) for key in work.upstream("level_pairs", None)], ignore_index=True)
+
+
+def _estimates(frame: pd.DataFrame) -> dict[str, Any]:
+    """Each judge's measures that could be had, for the asset's page."""
+    there = frame[frame["estimate"].notna()]
+    return {f"{row.judge} {row.measure}": float(row.estimate) for row in there.itertuples()}
+
+
+def _preferred(stage: Stage, wanted: Prompting) -> None:
+    study = stage.study
+    judges = {judge.name: judge.family for judge in study.prompting_judges if judge.family}
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="Whether a judge prefers replies of its own family: the share that it gives them, that beyond what other language judges give "
+        "them on the same comparisons, and its log-odds for them where the embedded judge rates both replies alike.",
+        deps={"level_pairs": None, "level_scores": None, **steered_side(stage, wanted, "judge_scores"), "rating_rubric": None},
+        settings=[wanted.doses, judges, wanted.families],
+        schema=SELF_PREFERENCE,
+        kinds=("numpy",),
+    )
+    def self_preference(work: Work) -> Iterator[dg.AssetMaterialization]:
+        scores = all_scores(work, wanted)
+        disposition = read_rubric(study.behaviour_folder / FILES["rating_rubric"]).name
+        quality = scores[(scores["rubric"] == disposition) & (scores["judge"] == embedded.NAME)]
+        pairs = all_pairs(work)  # the embedded judge makes no errors of choice to compare shares with; it is the quality
+        frame = analysis.self_preference(pairs[pairs["judge"] != embedded.NAME], quality, judges, wanted.families)
+        if len(frame):
+            yield work.table(None, frame, _estimates(frame))
+        else:
+            yield work.nothing(
+                None, "no judge that compares shares a family with an author: name families in [[judges]], [[prompting.authors]] and [prompting]"
+            )
+
+
 def _analysed(stage: Stage, wanted: Prompting) -> None:
-    partitions = stage.partitions
-    doses = [multi_key(wanted.site, step_key(wanted.epoch, dose)) for dose in wanted.doses]
-    scored = {"level_scores": None, "judge_scores": partitions.of(*doses)}
+    scored = {"level_scores": None, **steered_side(stage, wanted, "judge_scores")}
 
     @stage.asset(
         group=GROUP,
@@ -478,9 +587,20 @@ def _analysed(stage: Stage, wanted: Prompting) -> None:
         kinds=("numpy",),
     )
     def head_to_head(work: Work) -> Iterator[dg.AssetMaterialization]:
-        pairs = pd.concat([work.read_table("level_pairs", key) for key in work.upstream("level_pairs", None)], ignore_index=True)
-        frame = analysis.head_to_head(pairs, (len(wanted.doses) + 1) // 2)
+        frame = analysis.head_to_head(all_pairs(work), (len(wanted.doses) + 1) // 2)
         yield work.table(None, frame, {"plot": plot(figures.head_to_head(frame))} if len(frame) else None)
+
+    @stage.asset(
+        group=GROUP,
+        version="1",
+        description="What a judge's choice between a steered and a prompted reply owes to the order shown, given authors and level.",
+        deps={"level_pairs": None},
+        schema=tables.LEVEL_BIASES,
+        kinds=("numpy",),
+    )
+    def level_biases(work: Work) -> Iterator[dg.AssetMaterialization]:
+        frame = analysis.level_biases(all_pairs(work))
+        yield work.table(None, frame, _estimates(frame))
 
     @stage.asset(
         group=GROUP,

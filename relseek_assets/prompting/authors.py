@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Conversation = list[dict[str, str]]
 # A message costs four tokens around its text and the beginning of the reply three (OpenAI's cookbook, "How to count tokens").
 MESSAGE_TOKENS, REPLY_TOKENS = 4, 3
+ENOUGH = ("scored", "cut_off")  # a reply that ran into the token limit is a reply, as it is of the study's own model
 
 
 class AuthorError(ValueError):
@@ -96,7 +97,7 @@ class EndpointWriter:
             AuthorError: the endpoint cannot be asked as the study says, or not within the author's budget; answers that came before are kept.
         """
         requests = [request_of(self.author, self.sampling, conversation, seed) for conversation, seed in zip(conversations, seeds, strict=True)]
-        self._refuse([conversation for conversation, request in zip(conversations, requests, strict=True) if not self._known(request)])
+        spare = self._spare([conversation for conversation, request in zip(conversations, requests, strict=True) if not self._known(request)])
         try:
             answers = asking.run(
                 requests,
@@ -106,6 +107,8 @@ class EndpointWriter:
                 price=price_of(self.author.model, self.author.price),
                 attempts=self.author.attempts,
                 concurrency=self.author.concurrency,
+                enough=ENOUGH,
+                spare_usd=spare,
                 journal=self.journal,
                 on_answer=lambda answer: self.on_answer(1),
             )
@@ -115,12 +118,12 @@ class EndpointWriter:
 
     def _known(self, request: Request) -> bool:
         answer = self.journal.answers.get(request.custom_id)
-        return answer is not None and asking.finished(answer, self.author.attempts)
+        return answer is not None and asking.finished(answer, self.author.attempts, ENOUGH)
 
-    def _refuse(self, conversations: Sequence[Conversation]) -> None:
-        """Refuse what would, with all that was paid before, cost more than the author's budget."""
+    def _spare(self, conversations: Sequence[Conversation]) -> float:
+        """What the author's budget leaves for asking again, in USD; what would cost more than the budget at once is refused."""
         if not conversations:
-            return
+            return 0.0
         found, before = estimate(self.author, "", [(conversation, 0) for conversation in conversations], self.sampling), self.paid()
         if found["usd"] + before > self.author.budget_usd:
             raise AuthorError(
@@ -128,13 +131,13 @@ class EndpointWriter:
                 f"${found['usd']:,.2f}, which is above its budget_usd of ${self.author.budget_usd:,.2f}; they were not sent. Raise budget_usd in "
                 "[[prompting.authors]]; what is there is kept"
             )
+        return self.author.budget_usd - before - found["usd"]
 
     def _replied(self, answer: Answer) -> Replied:
-        there = answer.status == "scored"
+        there = answer.status in ENOUGH and answer.raw is not None
         return Replied(
             text=answer.raw if there else None,
-            # an endpoint's reason is not kept; one answer's tokens tell
-            finished=answer.completion_tokens < self.sampling.max_new_tokens if there and answer.attempt == 1 and answer.completion_tokens else None,
+            finished=answer.status == "scored" if there else None,
             status=REPLIED if there else answer.status,
             model=answer.model,
             prompt_tokens=answer.prompt_tokens,
@@ -151,13 +154,13 @@ def any_text(custom_id: str, raw: str) -> Reading:
 
 def request_of(author: Author, sampling: Sampling, conversation: Conversation, seed: int) -> Request:
     """The request for one reply; its name is made of author, seed and content, so that the same question is the same request."""
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p}
     body = {
         "model": author.model,
         "messages": conversation,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "max_tokens": sampling.max_new_tokens,
-        "seed": seed % 2**31,  # some servers read it as a 32-bit number
+        **({} if author.default_sampling else drawn),
+        author.token_limit: sampling.max_new_tokens,
+        **({} if author.default_sampling else {"seed": seed % 2**31}),  # some servers read it as a 32-bit number
     }
     text = json.dumps(body)
     digest = hashlib.sha256("\x1f".join([author.name, str(seed), text]).encode()).hexdigest()

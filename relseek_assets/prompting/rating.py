@@ -119,9 +119,14 @@ def _presented(replies: pd.DataFrame, labels: Sequence[str], prompts: Sequence[S
 
 
 def ask(
-    requests: pd.DataFrame, judge: LanguageJudge, rubrics: Mapping[str, Rubric], journal: Path, on_answer: Callable[[Answer], None]
+    requests: pd.DataFrame,
+    judge: LanguageJudge,
+    rubrics: Mapping[str, Rubric],
+    journal: Path,
+    spare_usd: float,
+    on_answer: Callable[[Answer], None],
 ) -> dict[str, Answer]:
-    """Ask what the journal does not hold yet; the answer to every request by its custom_id.
+    """Ask what the journal does not hold yet; the answer to every request by its custom_id. Asking again may cost `spare_usd`.
 
     Raises:
         EndpointError: the endpoint cannot be asked as the study says; answers that came before are kept.
@@ -136,6 +141,7 @@ def ask(
             price=price_of(judge.model, judge.price),
             attempts=judge.attempts,
             concurrency=judge.concurrency,
+            spare_usd=spare_usd,
             journal=kept,
             on_answer=on_answer,
         )

@@ -159,6 +159,30 @@ HEAD_TO_HEAD = TableSchema(
     key=("author", "judge", "measure", "level"),
 )
 
+LEVEL_BIASES = TableSchema(
+    "level_biases",
+    (
+        JUDGE,
+        Column("bias", "string", "what the answer should not depend on", choices=("position",)),
+        Column(
+            "measure",
+            "string",
+            "share_first: share of decided comparisons in which the reply shown first won; first_log_odds: log-odds that it wins, given both "
+            "authors and the level",
+            choices=("share_first", "first_log_odds"),
+        ),
+        Column("estimate", "number", "the measure", nullable=True),
+        Column("lower", "number", "95% interval", nullable=True),
+        Column("upper", "number", "95% interval", nullable=True),
+        Column("se", "number", "standard error, clustered by item; of share_first on the scale of log-odds", nullable=True, low=0),
+        Column("n", "integer", "comparisons", low=0),
+        Column("items", "integer", "held-out conversations that they are of", low=0),
+        Column("method", "string", "how the interval was made"),
+        Column("status", "string", "`measured`, or why not"),
+    ),
+    key=("judge", "measure"),
+)
+
 PROMPTING_ESTIMATES = TableSchema(
     "prompting_estimates",
     (

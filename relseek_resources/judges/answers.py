@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -98,6 +98,65 @@ def read_choice(raw: str | None) -> Reading:
     if isinstance(value, str) and value.strip() in ("A", "B"):
         return Reading("scored", choice=value.strip())
     return Reading("unreadable")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a chat completion says: `answered`, `refused`, `cut_off` by the token limit, or `unreadable` where it holds no text."""
+
+    outcome: Literal["answered", "refused", "cut_off", "unreadable"]
+    text: str | None
+    model: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    error: str | None
+
+
+def read_completion(body: Mapping[str, Any]) -> Completion:
+    """The first choice of a chat completion, whatever it holds. A refusal comes before the text; what was cut off or refused keeps its words."""
+    try:
+        choice = body["choices"][0]
+        message, reason = choice["message"], choice.get("finish_reason")
+        text, refusal = message.get("content"), message.get("refusal")
+    except (LookupError, TypeError, AttributeError):
+        reason = text = refusal = None
+    usage, error = body.get("usage"), None
+    if not isinstance(usage, dict):
+        usage, error = {}, "the endpoint reports no usage: tokens and cost are not counted"
+    details = usage.get("prompt_tokens_details")
+    outcome: Literal["answered", "refused", "cut_off", "unreadable"] = "answered"
+    if refusal or reason == "content_filter":
+        outcome, text = "refused", text or refusal
+    elif reason == "length":
+        outcome = "cut_off"
+    elif not isinstance(text, str):
+        outcome, error = "unreadable", "the answer holds no text"
+    model = body.get("model")
+    return Completion(
+        outcome,
+        storable(text) if isinstance(text, str) else None,
+        storable(model) if isinstance(model, str) else None,
+        _count(usage.get("prompt_tokens")),
+        _count(usage.get("completion_tokens")),
+        _count(details.get("cached_tokens")) if isinstance(details, dict) else 0,
+        error,
+    )
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else 0
+
+
+def storable(text: str) -> str:
+    """The text without lone surrogates, which JSON can carry and no file can hold."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode(errors="replace").decode()
+    return text
 
 
 def status_of(custom_id: str, raw: str, accept: Callable[[str, str], Reading], *, cut_off: bool) -> str:

@@ -17,14 +17,17 @@ import json
 import math
 import os
 import random
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from relseek_resources.judges.answers import Answer, Reading, Request, status_of
+from relseek_resources.judges.answers import Answer, Reading, Request, read_completion, status_of
 from relseek_resources.judges.prices import Price
 from relseek_resources.storage import StorageError
 
@@ -85,35 +88,26 @@ def answer_of(custom_id: str, completion: Mapping[str, Any], accept: Accept, pri
 
     A refusal and a content filter come before what the text may say; `cut_off` is a text that ran into max_tokens before it was a whole JSON object.
     """
-    choice = (completion.get("choices") or [{}])[0]
-    message, finish = choice.get("message") or {}, choice.get("finish_reason")
-    raw = message.get("content")
-    refusal = message.get("refusal")
-    if refusal or finish == "content_filter":
-        status, raw = "refused", raw or refusal
-    else:
-        raw = raw if raw is None or isinstance(raw, str) else json.dumps(raw)
-        cut_off = finish == "length"
-        status = ("cut_off" if cut_off else "unreadable") if raw is None else status_of(custom_id, raw, accept, cut_off=cut_off)
-    usage = completion.get("usage")
-    prompt, written = (int((usage or {}).get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
-    cached = int(((usage or {}).get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+    said = read_completion(completion)
+    status: str = said.outcome
+    if said.text is not None and said.outcome in ("answered", "cut_off"):
+        status = status_of(custom_id, said.text, accept, cut_off=said.outcome == "cut_off")
     return Answer(
         custom_id,
         status,
-        raw=raw,
-        model=completion.get("model"),
-        prompt_tokens=prompt,
-        completion_tokens=written,
-        cost_usd=price.cost(prompt, written, batch, cached),
+        raw=said.text,
+        model=said.model,
+        prompt_tokens=said.prompt_tokens,
+        completion_tokens=said.completion_tokens,
+        cost_usd=price.cost(said.prompt_tokens, said.completion_tokens, batch, said.cached_tokens),
         attempt=attempt,
-        error=None if usage else "the endpoint reports no usage: tokens and cost are not counted",
+        error=said.error,
     )
 
 
-def finished(answer: Answer, attempts: int) -> bool:
-    """Whether a row is its request's last."""
-    return answer.status == "scored" or _answered(answer) >= attempts
+def finished(answer: Answer, attempts: int, enough: Sequence[str] = ("scored",)) -> bool:
+    """Whether a row is its request's last: a text with a status that is `enough`, or the last of its attempts."""
+    return (answer.status in enough and answer.raw is not None) or _answered(answer) >= attempts
 
 
 def _answered(answer: Answer) -> int:
@@ -146,10 +140,17 @@ def run(
     price: Price,
     attempts: int,
     concurrency: int,
+    enough: Sequence[str] = ("scored",),
+    spare_usd: float = math.inf,
     journal: AnswerJournal | None = None,
     on_answer: Callable[[Answer], None] = lambda answer: None,
 ) -> list[Answer]:
-    """`ask` from code that is not async; what the journal holds is not asked again, and every answer goes into it before `on_answer` sees it."""
+    """`ask` from code that is not async; what the journal holds is not asked again, and every answer goes into it before `on_answer` sees it.
+
+    Interrupted, it sends no further question, receives and keeps what is in the air, and then lets the interruption go on.
+    """
+    leave = threading.Event()
+    stop: list[Callable[[], object]] = []
 
     def keep(answer: Answer) -> None:
         if journal is not None:
@@ -158,20 +159,32 @@ def run(
 
     async def asked() -> list[Answer]:
         async with async_client_of(base_url, key_variable) as client:
-            return await ask(
-                requests,
+            questions = _Questions(
                 client,
                 accept,
-                price=price,
-                attempts=attempts,
-                concurrency=concurrency,
-                key_variable=key_variable,
+                price,
+                attempts,
+                concurrency,
+                key_variable,
                 earlier={} if journal is None else dict(journal.answers),
                 on_answer=keep,
+                enough=enough,
+                spare_usd=spare_usd,
             )
+            stop.append(partial(asyncio.get_running_loop().call_soon_threadsafe, questions.stop.set))
+            if leave.is_set():
+                questions.stop.set()
+            return await questions.ask(requests)
 
     with ThreadPoolExecutor(1) as thread:  # of its own, because a notebook's has a loop already, in which none can be run
-        return thread.submit(asyncio.run, asked()).result()
+        answers = thread.submit(asyncio.run, asked())
+        try:
+            return answers.result()
+        except BaseException:
+            leave.set()
+            if stop and not answers.done():
+                stop[0]()
+            raise
 
 
 async def ask(
@@ -183,6 +196,8 @@ async def ask(
     attempts: int,
     concurrency: int,
     key_variable: str = "OPENAI_API_KEY",
+    enough: Sequence[str] = ("scored",),
+    spare_usd: float = math.inf,
     earlier: Mapping[str, Answer] | None = None,
     on_answer: Callable[[Answer], None] = lambda answer: None,
     first_wait: float = FIRST_WAIT,
@@ -194,15 +209,30 @@ async def ask(
     Args:
         client: see `async_client_of`; it must not retry by itself.
         accept: reads an answer's text, given its custom_id.
+        enough: statuses of texts that end a request; for whom any text will do, `cut_off` beside `scored`.
+        spare_usd: what asking again may cost, beyond one answer to every question; what first answers cost less than they might is added.
         earlier: the last row of what an earlier run asked; answered ones are taken as they are or go on at their next attempt.
         on_answer: called with the row so far after every attempt, as it comes in.
         first_wait: seconds before the first retry; each further one waits twice as long, at most a minute. An endpoint's own Retry-After goes before.
 
     Raises:
         EndpointError: the endpoint refuses the key, does not know the model, cannot answer by a schema, has no credit left, asks to wait for longer
-            than ten minutes, or fails for many questions in a row. What is in the air is still received and kept first.
+            than ten minutes, fails for many questions in a row, or refuses all of the first ones in the same words; or asking again would cost more
+            than is left. What is in the air is still received and kept first.
     """
-    questions = _Questions(client, accept, price, attempts, concurrency, key_variable, earlier or {}, on_answer, first_wait)
+    questions = _Questions(
+        client,
+        accept,
+        price,
+        attempts,
+        concurrency,
+        key_variable,
+        earlier or {},
+        on_answer,
+        enough=enough,
+        spare_usd=spare_usd,
+        first_wait=first_wait,
+    )
     return await questions.ask(requests)
 
 
@@ -230,7 +260,9 @@ class _Questions:
     key_variable: str
     earlier: Mapping[str, Answer]
     on_answer: Callable[[Answer], None]
-    first_wait: float
+    enough: Sequence[str] = ("scored",)
+    spare_usd: float = math.inf
+    first_wait: float = FIRST_WAIT
 
     def __post_init__(self) -> None:
         self.rows: dict[str, Answer | None] = {}
@@ -238,6 +270,7 @@ class _Questions:
         self.stop = asyncio.Event()
         self.not_before = 0.0  # on the clock of time.monotonic; the endpoint limits all of us, not one question
         self.failed_in_a_row = 0
+        self.refused_alike: Counter[str] | None = Counter()  # until there is an answer
 
     async def ask(self, requests: Iterable[Request]) -> list[Answer]:
         waiting = iter(requests)
@@ -264,29 +297,58 @@ class _Questions:
             self.stop.set()
 
     async def _until_scored(self, request: Request) -> None:
-        row = self.earlier.get(request.custom_id)
-        while row is None or not finished(row, self.attempts):
+        row, again = self.earlier.get(request.custom_id), False
+        while row is None or not finished(row, self.attempts, self.enough):
+            if again:
+                self._take(request, row)
             try:
                 answer = await self._one_attempt(request)
             except _NoAnswer as failure:
                 answer = Answer(request.custom_id, "failed", error=str(failure))
                 row = after(row, answer)
-                self._outage(failure)
                 self.on_answer(row)
+                self._outage(failure)
                 break
+            self.spare_usd += self._at_most(request, answer) - answer.cost_usd
             row = after(row, answer)
-            self.failed_in_a_row = 0
+            self.failed_in_a_row, self.refused_alike, again = 0, None, True
             self.on_answer(row)
         self.rows[request.custom_id] = row
+
+    def _at_most(self, request: Request, answer: Answer) -> float:
+        """What one answer to a question may cost, in USD, from the tokens that it was seen to have."""
+        body = json.loads(request.body)
+        most = body.get("max_tokens") or body.get("max_completion_tokens") or answer.completion_tokens
+        return max(answer.cost_usd, self.price.cost(answer.prompt_tokens, most))
+
+    def _take(self, request: Request, row: Answer | None) -> None:
+        """Set aside what asking again may cost."""
+        assert row is not None
+        usd = self._at_most(request, replace(row, prompt_tokens=row.prompt_tokens // row.attempt, completion_tokens=0, cost_usd=0.0))
+        if usd > self.spare_usd:
+            raise EndpointError(
+                f"{self.client.base_url}: asking again what has no score may cost more than the budget leaves "
+                f"(${max(0.0, self.spare_usd):,.4f}); the last answer was {row.status}. What came is kept. Raise budget_usd, or lower attempts"
+            )
+        self.spare_usd -= usd
 
     def _outage(self, failure: _NoAnswer) -> None:
         self.failed_in_a_row = self.failed_in_a_row + 1 if failure.again else 0
         if self.failed_in_a_row >= max(OUTAGE, self.concurrency):
-            self.fault = self.fault or EndpointError(
-                f"{self.client.base_url}: {self.failed_in_a_row} questions in a row came to nothing, each tried {RETRIES + 1} times; the last with: "
-                f"{failure}. See whether the endpoint is up and base_url is right, then run again: what was answered is kept"
+            self._end(
+                f"{self.failed_in_a_row} questions in a row came to nothing, each tried {RETRIES + 1} times; the last with: {failure}. "
+                "See whether the endpoint is up and base_url is right, then run again: what was answered is kept"
             )
-            self.stop.set()
+        if self.refused_alike is not None and not failure.again:
+            self.refused_alike[str(failure)] += 1
+            if self.refused_alike[str(failure)] >= max(OUTAGE, self.concurrency):
+                self._end(
+                    f"the first {self.refused_alike[str(failure)]} questions were all refused with: {failure}. Correct the model or its settings"
+                )
+
+    def _end(self, words: str) -> None:
+        self.fault = self.fault or EndpointError(f"{self.client.base_url}: {words}")
+        self.stop.set()
 
     async def _one_attempt(self, request: Request) -> Answer:
         """The next answer to a request, after as many retries as it takes and is allowed."""

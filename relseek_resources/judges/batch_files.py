@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from relseek_resources.judges.answers import Request
+from relseek_resources.judges.answers import Request, read_completion, storable
 from relseek_resources.judges.ledger import Reply
 from relseek_resources.storage import StorageError
 
@@ -87,13 +87,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def line_custom_id(path: Path, number: int) -> str | None:
-    """The custom_id in a line of a request file, counted from 1; None where there is no such line."""
+def request_lines(path: Path) -> Iterator[tuple[int, str, int]]:
+    """Number (from 1), custom_id and bytes of every line of a request file."""
     with path.open("rb") as stream:
-        for place, line in enumerate(stream, start=1):
-            if place == number:
-                return str(json.loads(line)["custom_id"])
-    return None
+        for number, line in enumerate(stream, start=1):
+            yield number, str(_decode(line.decode())["custom_id"]), len(line)
 
 
 def read_results(path: Path) -> Iterator[tuple[str | None, Reply] | None]:
@@ -148,45 +146,9 @@ def _error_text(error: Any, code: int | None = None) -> str:
         said = ": ".join(parts) or json.dumps(error)
     else:
         said = str(error)
-    return _storable(said if code is None else f"HTTP {code} {said}")[:LONGEST_ERROR]
+    return storable(said if code is None else f"HTTP {code} {said}")[:LONGEST_ERROR]
 
 
 def _completion(body: dict[str, Any]) -> Reply:
-    """The first choice of a chat completion. What was cut off or refused keeps its text."""
-    try:
-        choice = body["choices"][0]
-        message, reason = choice["message"], choice.get("finish_reason")
-        text, refusal = message.get("content"), message.get("refusal")
-    except (LookupError, TypeError, AttributeError):
-        reason = text = refusal = None
-    usage = body.get("usage")
-    if isinstance(usage, dict):
-        prompt_tokens, completion_tokens, error = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")), None
-    else:
-        prompt_tokens = completion_tokens = 0
-        error = "the endpoint reports no usage: tokens and cost are not counted"
-    outcome = "answered"
-    if refusal or reason == "content_filter":
-        outcome, text = "refused", text or refusal
-    elif reason == "length":
-        outcome = "cut_off"
-    elif not isinstance(text, str):
-        outcome, error = "unreadable", "the answer holds no text"
-    raw = _storable(text) if isinstance(text, str) else None
-    model = body.get("model")
-    return Reply(outcome, False, raw, _storable(model) if isinstance(model, str) else None, prompt_tokens, completion_tokens, error)
-
-
-def _count(value: Any) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else 0
-
-
-def _storable(text: str) -> str:
-    """The text without lone surrogates, which JSON can carry and no file can hold."""
-    if text.isascii():
-        return text
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode(errors="replace").decode()
-    return text
+    said = read_completion(body)
+    return Reply(said.outcome, False, said.text, said.model, said.prompt_tokens, said.completion_tokens, said.error)

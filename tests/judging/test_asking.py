@@ -387,3 +387,78 @@ def test_a_killed_run_goes_on_and_pays_for_no_answer_twice(tmp_path: Path) -> No
     assert all(server.times[name] == 1 for name in answered)
     twice = [name for name, times in server.times.items() if times > 1]
     assert len(twice) <= 4 and len(answered) >= 35  # only what was in the air when the process died
+
+
+def test_an_interrupted_run_sends_nothing_more_and_keeps_what_is_in_the_air(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    with serving(lambda text, nth: Says(delay=0.05)) as server:
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, server.url, str(path)],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            stderr=subprocess.PIPE,
+        )
+        deadline = time.monotonic() + 60
+        while len(server.asked) < 20 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        child.send_signal(signal.SIGINT)
+        _, said = child.communicate(timeout=30)
+        asked_before = len(server.asked)
+        with AnswerJournal(path) as journal:
+            assert set(journal.answers) == set(server.times), "every question that was sent was answered and kept"
+    assert child.returncode != 0 and b"KeyboardInterrupt" in said
+    assert 20 <= asked_before <= 20 + 8
+
+
+# --- texts for whom any will do, and what asking again may cost -----------------------------------------------------------
+
+
+def test_where_any_text_will_do_one_that_was_cut_off_is_asked_for_once() -> None:
+    with serving(lambda text, nth: Says("Once upon a", finish="length")) as server:
+        (row,) = asked(server, "q", enough=("scored", "cut_off"))
+    assert (row.status, row.raw, row.attempt, len(server.asked)) == ("cut_off", "Once upon a", 1, 1)
+
+
+def test_a_token_limit_that_left_no_text_is_asked_again_even_there() -> None:
+    with serving(lambda text, nth: Says(None if nth == 0 else "8", finish="length" if nth == 0 else "stop")) as server:
+        (row,) = asked(server, "q", enough=("scored", "cut_off"))
+    assert (row.raw, row.attempt) == ("8", 2)
+
+
+def test_asking_again_keeps_to_what_the_budget_leaves() -> None:
+    most = (PROMPT_TOKENS * 10 + 16 * 100) / 1e6  # USD of an answer of max_tokens
+    saved = most - COST
+    with serving(lambda text, nth: Says("I would give it a 7.")) as server:
+        rows: list[Answer] = []
+        with pytest.raises(EndpointError, match="asking again .* budget_usd"):
+            asked(server, "a", "b", concurrency=1, spare_usd=most - saved, on_answer=rows.append)
+        assert server.times == {"a": 2}, "once as planned, once from what was spare"
+        assert [row.cost_usd for row in rows] == pytest.approx([COST, 2 * COST])
+    with serving(lambda text, nth: Says("I would give it a 7.")) as server:
+        asked(server, "a", concurrency=1, spare_usd=2 * most)
+        assert server.times == {"a": 3}
+
+
+def test_an_endpoint_that_refuses_every_question_alike_stops_the_run() -> None:
+    no = Says(status=400, code="unsupported_parameter", message="Use max_completion_tokens")
+    with serving(lambda text, nth: no) as server:
+        with pytest.raises(EndpointError, match="first 8 questions were all refused.*max_completion_tokens"):
+            asked(server, *map(str, range(100)))
+        assert len(server.asked) < 16
+    with serving(lambda text, nth: no if int(text) % 10 else Says()) as server:
+        assert len(asked(server, *map(str, range(100)))) == 100, "questions of their own that fail are rows"
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        {"choices": [None]},
+        {"choices": [{"message": "text"}]},
+        {"choices": [{"message": {"content": {"score": 7}}}], "usage": "many"},
+        {"choices": [], "usage": {"prompt_tokens": "7", "prompt_tokens_details": 3}},
+        {"choices": [{"message": {"content": "\ud800"}}], "model": 7, "usage": {}},
+    ],
+)
+def test_a_completion_is_read_whatever_it_holds_and_can_be_stored(completion: dict[str, Any]) -> None:
+    (row, times) = reaction(Says(body=json.dumps(completion)))
+    assert (row.status, times) == ("unreadable", 3)
+    assert json.dumps(row.raw).encode() and (row.raw or "").encode() is not None

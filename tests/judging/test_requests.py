@@ -122,6 +122,16 @@ def test_the_answers_form_is_fixed_by_a_strict_schema() -> None:
         assert (schema["properties"], schema["required"], schema["additionalProperties"]) == ({name: wanted}, [name], False)
 
 
+def test_a_model_that_refuses_the_usual_settings_is_asked_without_them() -> None:
+    usual, other = (rating_requests(replies(1), RUBRIC, GRADED, judge(max_tokens=9, **more), 7).iloc[0] for more in ({}, UNUSUAL))
+    bodies = [json.loads(row["body"]) for row in (usual, other)]
+    assert set(bodies[0]) - set(bodies[1]) == {"temperature", "max_tokens"} and bodies[1]["max_completion_tokens"] == 9
+    assert usual["custom_id"] != other["custom_id"], "another question"
+
+
+UNUSUAL = {"token_limit": "max_completion_tokens", "default_sampling": True}
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_no_text_can_close_its_block_or_begin_another(seed: int) -> None:
     """Replies that repeat every mark and tag of the message they would otherwise stand in are still read back whole."""

@@ -179,29 +179,38 @@ def head_to_head(own: float, better: float, seed: int = 8) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-FAMILIES = {"gpt-4o": "gpt", "gpt-4.1-mini": "gpt"}
+JUDGES, AUTHORS = {"gpt-4.1-mini": "gpt", "mistral": "mistral"}, {"gpt-4o": "gpt"}
 
 
 @pytest.mark.parametrize("own", [0.0, 0.8])
 def test_favouring_ones_own_family_is_told_from_its_being_better(own: float) -> None:
-    frame = validity.self_preference(head_to_head(own, better=1.0), FAMILIES)
+    frame = validity.self_preference(head_to_head(own, better=1.0), JUDGES, AUTHORS)
     validity.SELF_PREFERENCE.to_arrow(frame, "self-preference")
     found = frame[frame["judge"] == "gpt-4.1-mini"].set_index("measure")
     assert found.loc["own_share", "lower"] > 0.6, "it wins most comparisons either way"
     assert (found.loc["beyond_other_judges", "lower"] > 0) == bool(own)
     assert found.loc["at_equal_quality", "lower"] < own < found.loc["at_equal_quality", "upper"]
-    stranger = frame[frame["judge"] == "mistral"].set_index("measure")
-    assert stranger.loc["own_share", "status"].startswith("the judge compared nobody of its own family")
+    assert set(frame["judge"]) == {"gpt-4.1-mini"}, "the other judge has no author of its own family"
 
 
 def test_what_self_preference_cannot_be_told_from_is_said() -> None:
     alone = head_to_head(0.8, 0.0)
     alone = alone[alone["judge"] == "gpt-4.1-mini"].drop(columns=["quality_a", "quality_b"])
-    found = validity.self_preference(alone, FAMILIES).set_index("measure")
+    found = validity.self_preference(alone, JUDGES, AUTHORS).set_index("measure")
     assert found.loc["beyond_other_judges", "status"] == "no judge of another family made the same comparisons"
     assert found.loc["at_equal_quality", "status"] == "no independent quality"
     undecided = alone.assign(winner=[None, *alone["winner"][1:]])
-    assert validity.self_preference(undecided, FAMILIES).set_index("measure").loc["own_share", "n"] == len(alone) - 1
+    assert validity.self_preference(undecided, JUDGES, AUTHORS).set_index("measure").loc["own_share", "n"] == len(alone) - 1
+    rival = validity.self_preference(alone, JUDGES, {"claude": "gpt", "gpt-4o": "gpt"}).set_index("measure")
+    assert rival.loc["own_share", "status"].startswith("the judge compared nobody of its own family")
+
+
+def test_a_judge_and_an_author_of_one_name_are_no_family() -> None:
+    rows = head_to_head(0.8, 0.0)
+    rows = rows.assign(judge=rows["judge"].replace("gpt-4.1-mini", "claude"))
+    assert validity.self_preference(rows, {}, {}).empty
+    assert validity.self_preference(rows, {"claude": ""}, {"claude": ""}).empty
+    assert set(validity.self_preference(rows, {"claude": "gpt"}, AUTHORS)["judge"]) == {"claude"}
 
 
 # --- prediction-powered inference -------------------------------------------------------------------------------------

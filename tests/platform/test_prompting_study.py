@@ -235,3 +235,31 @@ def test_an_author_is_not_asked_beyond_what_its_budget_has_left(tmp_path: Path, 
         with pytest.raises(authors.AuthorError, match=r"was paid \$0.00, and 1 replies more would cost \$0.00, which is above its budget_usd"):
             writer(conversations, [1, 2, 4], [0.0] * 3)
         assert len(own.bodies) == 3
+
+
+def test_a_reply_that_ran_into_the_token_limit_is_a_reply_and_is_paid_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY, "secret")
+    conversations = [[{"role": "user", "content": text}] for text in ("Tell me more", "Goodbye")]
+
+    def answered(text: str, nth: int) -> Says:
+        return Says("Once upon a time there", finish="length") if text == "Tell me more" else Says("Bye.")
+
+    settings = {"name": "remote", "kind": "openai", "model": "far-away", "key_variable": KEY, "budget_usd": 1}
+    with serving(answered) as own, AnswerJournal(tmp_path / "answers.jsonl") as journal:
+        author = Author.model_validate({**settings, "base_url": own.url, "price": {"prompt": 1.0, "completion": 2.0}})
+        writer = authors.EndpointWriter(author, Sampling(temperature=1.0, max_new_tokens=40), journal, "mine", lambda: 0.0)
+        cut, whole = writer(conversations, [1, 2], [0.0] * 2)
+        again, _ = writer(conversations, [1, 2], [0.0] * 2)
+    assert (cut.text, cut.finished, cut.status, cut.attempt) == ("Once upon a time there", False, "replied", 1)
+    assert (whole.text, whole.finished) == ("Bye.", True)
+    assert again == cut and len(own.bodies) == 2
+
+
+def test_a_model_that_refuses_the_usual_settings_is_asked_without_them() -> None:
+    settings = {"name": "remote", "kind": "openai", "model": "thinks", "budget_usd": 1}
+    usual, other = (Author.model_validate({**settings, **more}) for more in ({}, {"token_limit": "max_completion_tokens", "default_sampling": True}))
+    conversation = [{"role": "user", "content": "Hello"}]
+    bodies = [json.loads(authors.request_of(author, Sampling(temperature=0.7, max_new_tokens=40), conversation, 3).body) for author in (usual, other)]
+    assert set(bodies[0]) == {"model", "messages", "temperature", "top_p", "max_tokens", "seed"}
+    assert bodies[1] == {"model": "thinks", "messages": conversation, "max_completion_tokens": 40}
+    assert usual.unusual == {}

@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from relseek_assets.prompting.analysis import attack_shifts, clustered_mean, head_to_head, level_models
-from relseek_assets.prompting.tables import ATTACK_SHIFTS, HEAD_TO_HEAD, LEVEL_MODELS, LEVEL_SLOPES, STEERED
+from relseek_assets.judging.validity import SELF_PREFERENCE
+from relseek_assets.prompting.analysis import attack_shifts, clustered_mean, head_to_head, level_biases, level_models, self_preference
+from relseek_assets.prompting.tables import ATTACK_SHIFTS, HEAD_TO_HEAD, LEVEL_BIASES, LEVEL_MODELS, LEVEL_SLOPES, STEERED
 
 DOSES = np.array([-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5])
 
@@ -166,3 +167,69 @@ def test_a_conversation_without_a_score_of_the_attacked_reply_has_no_shift() -> 
     row = found[(found["level"] == 7) & (found["attack_type"] == "add")].iloc[0]
     assert (row["estimate"], row["n"], row["scenarios"]) == (4, 1, 1)
     assert pd.isna(row["se"])
+
+
+# --- what a choice owes to something else -----------------------------------------------------------------------------
+
+
+def compared_levels(first: float = 0.0, own: float = 0.0) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """level_pairs of judges `kin` and `stranger`, and everybody's quality: `kin` adds `own` log-odds to author `gpt`, both `first` to what they saw
+    first; `gpt` writes better than the steered model by more at every level, and `claude` is as good."""
+    generator = np.random.default_rng(21)
+    pairs, quality = [], []
+    for item in (f"i{number}" for number in range(120)):
+        for level, dose in enumerate(DOSES, 1):
+            scores = {STEERED: generator.normal(0, 1), "gpt": generator.normal(0.2 * level, 1), "claude": generator.normal(0, 1)}
+            quality += [{"author": author, "level": level, "item": item, "score": score} for author, score in scores.items()]
+            for author in ("gpt", "claude"):
+                for judge, favour in (("kin", own if author == "gpt" else 0.0), ("stranger", 0.0)):
+                    shown = STEERED if generator.random() < 0.5 else "author"
+                    odds = scores[author] - scores[STEERED] + favour + (first if shown == "author" else -first)
+                    winner = "author" if generator.random() < 1 / (1 + np.exp(-odds)) else STEERED
+                    keys = {"author": author, "level": level, "multiplier": dose, "item": item, "judge": judge}
+                    pairs.append({**keys, "first_shown": shown, "winner": winner, "status": "judged"})
+                more = "author" if scores[author] > scores[STEERED] else STEERED
+                keys = {"author": author, "level": level, "multiplier": dose, "item": item, "judge": "embedded"}
+                pairs.append({**keys, "first_shown": None, "winner": more, "status": "judged"})
+    return pd.DataFrame(pairs), pd.DataFrame(quality)
+
+
+@pytest.mark.parametrize("first", [0.0, 0.6])
+def test_what_was_shown_first_is_told_from_who_is_better(first: float) -> None:
+    pairs, _ = compared_levels(first=first)
+    frame = level_biases(pairs)
+    LEVEL_BIASES.to_arrow(frame, "biases")
+    found = frame.set_index(["judge", "measure"])
+    for judge in ("kin", "stranger"):
+        odds = found.loc[(judge, "first_log_odds")]
+        assert odds["upper"] - odds["lower"] < 0.5
+        assert (odds["lower"] > 0) == bool(first)
+        assert (found.loc[(judge, "share_first"), "lower"] > 0.5) == bool(first)
+        assert odds["n"] == 120 * 7 * 2 and odds["items"] == 120
+    assert set(frame.loc[frame["judge"] == "embedded", "status"]) == {"not measurable: this judge is shown no order"}
+
+
+@pytest.mark.parametrize("own", [0.0, 0.8])
+def test_a_judge_that_favours_its_own_family_is_told_from_one_whose_family_is_better(own: float) -> None:
+    pairs, quality = compared_levels(own=own)
+    pairs = pairs[pairs["judge"] != "embedded"]
+    frame = self_preference(pairs, quality, {"kin": "openai", "stranger": "mistral"}, {"gpt": "openai", "claude": "anthropic"})
+    SELF_PREFERENCE.to_arrow(frame, "self-preference")
+    assert set(frame["judge"]) == {"kin"}
+    found = frame.set_index("measure")
+    assert found.loc["own_share", "lower"] > 0.55, "it writes better either way"
+    assert found.loc["own_share", "n"] == 120 * 7, "what claude wrote is of nobody's family"
+    assert (found.loc["beyond_other_judges", "lower"] > 0.05) == bool(own)
+    assert found.loc["at_equal_quality", "lower"] < own < found.loc["at_equal_quality", "upper"]
+    assert found.loc["at_equal_quality", "upper"] - found.loc["at_equal_quality", "lower"] < 0.5
+
+
+def test_the_steered_model_may_be_the_judges_own_and_nobodys_family_makes_no_rows() -> None:
+    pairs, quality = compared_levels(own=0.8)
+    found = self_preference(pairs, quality, {"stranger": "llama"}, {STEERED: "llama"}).set_index("measure")
+    assert found.loc["own_share", "estimate"] < 0.5 and found.loc["own_share", "n"] == 120 * 7 * 2
+    assert found.loc["at_equal_quality", "lower"] < 0 < found.loc["at_equal_quality", "upper"]
+    assert self_preference(pairs, quality, {}, {}).empty
+    assert self_preference(pairs, quality, {"kin": "openai"}, {"claude": "anthropic"}).empty
+    unrated = self_preference(pairs, quality.head(0), {"kin": "openai"}, {"gpt": "openai"}).set_index("measure")
+    assert unrated.loc["at_equal_quality", "status"] == "no independent quality"

@@ -62,6 +62,19 @@ def test_no_theme_named_is_every_theme_and_no_level_the_ends_and_the_middle(tmp_
         ('kind = "model"', 'kind = "model"\nbudget_usd = 3.0', "budget_usd is not read by an author of the kind 'model'"),
         ('kind = "model"', 'kind = "published"', "published ones are compared with published scores"),
         ("examples = 1", "exmples = 1", "did you mean 'examples'?"),
+        ('kind = "model"', 'kind = "model"\nfamily = "llama"', "family is not read by an author of the kind 'model'"),
+        ("examples = 1", 'steered_endpoint = { base_url = "http://here/v1" }', "prompting.steered_endpoint.model: missing"),
+        ("examples = 1", 'steered_endpoint = { base_url = "", model = "m" }', "prompting.steered_endpoint.base_url"),
+        (
+            "examples = 1",
+            'steered_endpoint = { base_url = "http://here/v1", model = "m", price = { prompt = 1, completion = 1 } }',
+            "prompting.steered_endpoint: budget_usd: missing; a server with a price needs it",
+        ),
+        (
+            "examples = 1",
+            'steered_endpoint = { base_url = "http://here/v1", model = "m", budget_usd = 1 }',
+            "prompting.steered_endpoint: budget_usd is not read of a server without a price",
+        ),
     ],
 )
 def test_a_faulty_section_is_refused_with_its_key_and_the_remedy(tmp_path: Path, old: str, new: str, fault: str) -> None:
@@ -84,10 +97,10 @@ def test_only_a_study_that_trains_or_takes_vectors_has_the_section(tmp_path: Pat
 
 
 def test_every_asset_of_the_experiments_is_in_the_graph_of_both_kinds_of_study() -> None:
-    names = {"prompted_generations", "level_scores", "level_pairs", "level_slopes", "level_models", "head_to_head"}
+    names = {"prompted_generations", "level_scores", "level_pairs", "level_slopes", "level_models", "head_to_head", "level_biases"}
     names |= {"attack_conversations", "attack_scores", "attack_shifts"}
     made, published = build_stage(load_study("prompting")), build_stage(load_study("kirk2025"))
-    assert names | {"prompting_estimates"} <= made.catalogue.keys()
+    assert names | {"prompting_estimates", "self_preference"} <= made.catalogue.keys()
     assert names <= published.catalogue.keys()
     assert not names & build_stage(load_study("quickstart")).catalogue.keys()
     for stage in (made, published):
@@ -95,3 +108,23 @@ def test_every_asset_of_the_experiments_is_in_the_graph_of_both_kinds_of_study()
             assert stage.graph.get(stage.key(name)).group_name == "prompting"
             schema = stage.catalogue[name].schema
             assert schema is not None
+
+
+def test_the_steered_model_and_authors_of_its_kind_share_a_family(tmp_path: Path) -> None:
+    study = study_of(tmp_path, ("examples = 1", 'family = "small"'), added=ENDPOINT + 'family = "gpt"\n')
+    assert study.prompting is not None
+    assert study.prompting.families == {"steered": "small", "prompted": "small", "far": "gpt"}
+    plain = study_of(tmp_path, added=ENDPOINT).prompting
+    assert plain is not None and plain.families == {}
+
+
+def test_where_a_server_steers_both_experiments_read_its_replies_and_not_the_sweep(tmp_path: Path) -> None:
+    here = build_stage(study_of(tmp_path))
+    there = build_stage(study_of(tmp_path, ("examples = 1", 'steered_endpoint = { base_url = "http://here/v1", model = "m" }')))
+    assert there.catalogue.keys() - here.catalogue.keys() == {"steered_replies", "steered_level_scores"}
+    for name in ("level_pairs", "level_slopes", "level_models", "self_preference"):
+        parents = {stage: {key.path[-1] for key in stage.graph.get(stage.key(name)).parent_keys} for stage in (here, there)}
+        assert "judge_scores" in parents[here] and "steered_level_scores" in parents[there]
+        assert not parents[there] & {"generations", "judge_scores"}
+    versions = [stage.graph.get(stage.key("attack_conversations")).code_version for stage in (here, there)]
+    assert versions[0] != versions[1]
