@@ -22,6 +22,7 @@ from relseek_assets.study import Study, StudyError, layer_of, load_study, site_k
 from relseek_resources.models.loading import DTYPES, ModelError
 from relseek_resources.models.sampling import Sampling
 from relseek_resources.storage import keyed_seed, read_table, read_tensors, write_text
+from relseek_resources.stored_vectors import asset_of, epochs_of
 
 if TYPE_CHECKING:
     from relseek_resources.compute import ModelSettings
@@ -257,7 +258,7 @@ class Chosen:
 
 
 def of_study(study: Study, site: str | None, epoch: int | None, layers: list[int] | None, extraction: str) -> Chosen:
-    """The stored vector of a study's site, or its directions.
+    """The stored vector of a study's site, trained or derived, or its directions.
 
     Raises:
         StudyError: a study without vectors, an unknown site, or one that has not been computed.
@@ -267,17 +268,20 @@ def of_study(study: Study, site: str | None, epoch: int | None, layers: list[int
     if not study.steered and not study.published.vectors:
         raise StudyError(f"study {study.name} is a trial and has no vectors; `relseek studies` says which have")
     site = site or study.sites[0]
-    if site not in study.sites:
-        raise StudyError(f"study {study.name} has no site {site!r}; there is {', '.join(study.sites)}")
-    folder = _stored(study, "steering_vectors") / site
-    files = sorted(folder.glob("e[0-9]*.safetensors"))
-    file = files[-1] if files and epoch is None else folder / f"e{epoch or 0:02d}.safetensors"
-    if file not in files:
-        there = f"there is {', '.join(found.stem for found in files)}" if files else "nothing is"
-        raise StudyError(f"{file} has not been computed ({there}); `relseek run {study.name} --select steering_vectors` does it")
-    vector = read_tensors(file)[0]["vector"]
+    sites = (*study.sites, *study.derived_sites)
+    if site not in sites:
+        raise StudyError(f"study {study.name} has no site {site!r}; there is {', '.join(sites)}")
+    asset, files = asset_of(site, study.derived_sites), epochs_of(_stored(study), site, study.derived_sites)
+    wanted = max(files, default=None) if epoch is None else epoch
+    if wanted not in files:
+        there = f"there is {', '.join(found.stem for found in files.values())}" if files else "nothing is"
+        named = "" if epoch is None else f", epoch {epoch}"
+        raise StudyError(
+            f"{_stored(study) / asset / site}{named} has not been computed ({there}); `relseek run {study.name} --select {asset}` does it"
+        )
+    vector = read_tensors(files[wanted])[0]["vector"]
     blocks = layers or [layer_of(site)]
-    return Chosen(study.model_of(site), dict.fromkeys(blocks, vector), blocks[-1], f"{study.name} {site} {file.stem}")
+    return Chosen(study.model_of(site), dict.fromkeys(blocks, vector), blocks[-1], f"{study.name} {site} {files[wanted].stem}")
 
 
 def _directions(study: Study, site: str | None, layers: list[int] | None, extraction: str) -> Chosen:
@@ -285,7 +289,7 @@ def _directions(study: Study, site: str | None, layers: list[int] | None, extrac
     name, _, layer = (site or study.models[0].name).partition(":L")
     if name not in {model.name for model in study.models} or (layer and not layer.isdecimal()):
         raise StudyError(f"study {study.name} has no site {site!r}; a site is a model and a block: {site_key(study.models[0].name, 12)}")
-    file = _stored(study, "directions") / f"{name}.safetensors"
+    file = _stored(study) / "directions" / f"{name}.safetensors"
     if not file.is_file():
         raise StudyError(f"{file} has not been computed; `relseek run {study.name} --select directions` does it")
     arrays = read_tensors(file)[0]
@@ -306,28 +310,28 @@ def _best_layer(study: Study, model: str, extraction: str) -> int:
     from relseek_assets.axes.interventions import best_layer
     from relseek_assets.vectors.contrastive_tables import DIRECTION_QUALITY
 
-    file = _stored(study, "direction_quality") / f"{model}.parquet"
+    file = _stored(study) / "direction_quality" / f"{model}.parquet"
     if not file.is_file():
         raise StudyError(f"{file} has not been computed; `relseek run {study.name} --select direction_quality` does it, or give --site with a block")
     return best_layer(read_table(file, DIRECTION_QUALITY), extraction)
 
 
-def _stored(study: Study, asset: str) -> Path:
+def _stored(study: Study) -> Path:
     from relseek_assets.stage import store_folder
 
-    return store_folder() / study.name / asset
+    return store_folder() / study.name
 
 
 def of_file(source: str, file: Path, layers: list[int] | None) -> Chosen:
-    """A vector from a file, for any model."""
+    """A vector from a file, for any model.
+
+    Raises:
+        VectorFileError: what `read_vectors` refuses, a file for other blocks than `layers` among it.
+    """
     from relseek_resources.models import read_directions
 
     found = read_directions(file, layers)
-    blocks = layers or sorted(found)
-    missing = [block for block in blocks if block not in found]
-    if missing:
-        raise ModelError(f"{file}: no vector for block {missing[0]}; there are {sorted(found)}")
-    return Chosen(Loaded(source), {block: found[block] for block in blocks}, blocks[-1], file.name)
+    return Chosen(Loaded(source), found, list(found)[-1], file.name)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -339,8 +343,12 @@ def of_file(source: str, file: Path, layers: list[int] | None) -> Chosen:
 @click.option("--epoch", type=int, help="Epoch of STUDY's vector. Default: the last one stored.")
 @click.option("--extraction", default="response_mean", show_default=True, help="Which of a contrastive STUDY's directions.")
 @click.option("--model", "source", metavar="SOURCE", help="Instead of STUDY: embedded:NAME, a local folder or a hub name.")
-@click.option("--vector", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="With --model: a .safetensors or .pt file.")
-@click.option("--layer", type=int, help="With --model: the block after which the vector works, counted from 0.")
+@click.option("--vector", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="With --model: a .safetensors, .pt or .gguf file.")
+@click.option(
+    "--layer",
+    type=int,
+    help="With --model: the block after which the vector works, counted from 0. A file that gives its block works there alone.",
+)
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: the STUDY's, or float32.")
 @click.option("--device", help="cpu, cuda, cuda:1, ... Default: the STUDY's, or a GPU where there is one.")
 @click.option("--scale", type=float, help="Add the vector so many times.")

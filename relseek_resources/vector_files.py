@@ -68,7 +68,7 @@ class VectorFile:
 # --- in ---------------------------------------------------------------------------------------------------------------
 
 
-def read_vectors(path: Path, content: bytes | None = None) -> VectorFile:
+def read_vectors(path: Path, content: bytes | None = None, *, rows: bool = False) -> VectorFile:
     """Read a safetensors, `.pt` or GGUF file of steering vectors; the suffix says which.
 
     safetensors: one tensor of any name, its block taken from `layer` or `site` in the header; or tensors named by their block. `.pt`: one tensor,
@@ -77,6 +77,7 @@ def read_vectors(path: Path, content: bytes | None = None) -> VectorFile:
 
     Args:
         content: of a safetensors file that has been read already; nothing is read again, so that it is certain what was.
+        rows: take one array (blocks, width) of which the file does not say the block as a row a block, from block 0.
 
     Raises:
         VectorFileError: no such file, another format, a truncated file; integers or truth values; a tensor that is not (width,); different widths in
@@ -93,6 +94,9 @@ def read_vectors(path: Path, content: bytes | None = None) -> VectorFile:
     if path.suffix not in readers:
         raise VectorFileError(f"{path}: unknown suffix {path.suffix!r}; steering vectors come as {', '.join(readers)}")
     tensors, provenance = readers[path.suffix](path) if content is None else _safetensors(path, content)
+    alone: Any = tensors.get(None)
+    if rows and getattr(alone, "ndim", 0) == 2 and len(alone) > 1:
+        tensors = dict(enumerate(alone))
     vectors = {
         block: _checked(tensor, block, path) for block, tensor in sorted(tensors.items(), key=lambda found: -1 if found[0] is None else found[0])
     }
@@ -104,16 +108,24 @@ def read_vectors(path: Path, content: bytes | None = None) -> VectorFile:
     return VectorFile(path, path.suffix[1:], vectors, provenance)
 
 
-def _safetensors(path: Path, content: bytes | None = None) -> tuple[dict[int | None, Any], dict[str, str]]:
+def named_tensors(path: Path, content: bytes | None = None) -> tuple[dict[str, Any], dict[str, str]]:
+    """Torch tensors by name and the header of a safetensors file, in whatever precision.
+
+    Raises:
+        VectorFileError: a truncated file, or another format.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load  # numpy has no bfloat16
 
     try:
         content = path.read_bytes() if content is None else content
-        tensors = load(content)
-        header = dict(json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {})
+        return load(content), dict(json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {})
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise VectorFileError(f"{path}: not a readable safetensors file ({error}); it may be truncated: copy it again") from error
+
+
+def _safetensors(path: Path, content: bytes | None = None) -> tuple[dict[int | None, Any], dict[str, str]]:
+    tensors, header = named_tensors(path, content)
     if len(tensors) == 1 and not next(iter(tensors)).isdecimal():
         return {_block_of(header, path): next(iter(tensors.values()))}, header
     if tensors and not all(name.isdecimal() for name in tensors):
@@ -130,14 +142,25 @@ def _block_of(header: Mapping[str, str], path: Path) -> int | None:
     return int(site[1]) if site else None
 
 
-def _plain_tensors(path: Path) -> tuple[dict[int | None, Any], dict[str, str]]:
+def plain_content(path: Path) -> Any:
+    """What a torch file holds, if that is tensors, numbers, texts and containers of them; code in it is refused, not run.
+
+    Raises:
+        VectorFileError: no such file, a truncated one, or anything else in it.
+    """
     import torch
 
+    if not path.is_file():
+        raise VectorFileError(f"{path}: no such file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the restricted unpickler ends in whatever error a stray byte leads it to
         reason = str(error).partition("\n")[0]
         raise VectorFileError(f"{path}: not a readable file of plain tensors ({reason}); it is not opened in any other way") from error
+
+
+def _plain_tensors(path: Path) -> tuple[dict[int | None, Any], dict[str, str]]:
+    content = plain_content(path)
     if not isinstance(content, Mapping):
         return {None: content}, {}
     unknown = [block for block in content if not isinstance(block, int) or isinstance(block, bool) or block < 0]
@@ -179,10 +202,17 @@ def _from_gguf(tensor: Any, path: Path) -> np.ndarray:
 
 
 def _checked(tensor: Any, block: int | None, path: Path) -> np.ndarray:
-    """One tensor as float32 (width,), or a refusal."""
+    return one_vector(tensor, f"{path}: {'the vector' if block is None else f'the vector of block {block}'}")
+
+
+def one_vector(tensor: Any, what: str) -> np.ndarray:
+    """One tensor as float32 (width,); `what` is the file and the vector's name, for the message.
+
+    Raises:
+        VectorFileError: no tensor, integers or truth values, another shape, NaN or infinity.
+    """
     import torch
 
-    what = f"{path}: {'the vector' if block is None else f'the vector of block {block}'}"
     if not isinstance(tensor, torch.Tensor | np.ndarray):
         raise VectorFileError(f"{what} is a {type(tensor).__name__} and no tensor")
     found = torch.as_tensor(tensor)

@@ -96,7 +96,7 @@ def _judges(stage: Stage, settings: Interventions) -> None:
         group=GROUP,
         version="1",
         description="How good the judge of assistant-likeness is on replies whose persona and query its fit never saw: ROC AUC, accuracy, and each "
-        "persona's mean score. The rubric for language models that judge is read and checked beside it.",
+        "persona's mean score. The rubric beside it is read and checked; it is for a language model that judges elsewhere, and no run sends it.",
         partitions=stage.partitions.model,
         deps={"likeness_judge": MINE, "persona_replies": MINE, "likeness_rubric": None},
         settings=[study.seed, settings.bootstrap],
@@ -281,7 +281,7 @@ def _interventions(stage: Stage, settings: Interventions) -> None:
 
     @stage.asset(
         group=GROUP,
-        version="1",
+        version="2",
         description="At matched coherence, does flooring keep more assistant-likeness than adding? The most that each reaches at a given loss of "
         "coherence, and the difference with its interval.",
         partitions=stage.partitions.model,

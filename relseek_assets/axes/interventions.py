@@ -117,21 +117,23 @@ INTERVENTION_COMPARISON = TableSchema(
         MODEL,
         Column("loss", "number", "coherence that may be lost against no intervention", "points", low=0),
         *(
-            Column(f"{name}{end}", "number", f"{meaning}{what}", "points")
+            Column(f"{name}{end}", "number", f"{meaning}{what}", "points", nullable=True)
             for name, meaning in (
                 ("floor", "most assistant-likeness that flooring reaches at that loss, interpolated between neighbouring percentiles"),
                 ("add", "most assistant-likeness that adding reaches at that loss, interpolated between neighbouring strengths"),
-                ("difference", "floor minus add"),
+                ("difference", "floor minus add; null where one of them has only empty replies to offer"),
             )
             for end, what in (("", ""), ("_lower", ", 95% lower"), ("_upper", ", 95% upper"))
         ),
-        Column("floor_loss", "number", "most coherence that flooring costs at any of its percentiles", "points"),
-        Column("add_loss", "number", "most coherence that adding costs at any of its strengths", "points"),
+        Column(
+            "floor_loss", "number", "most coherence that flooring costs at any of its percentiles, those that leave every reply empty apart", "points"
+        ),
+        Column("add_loss", "number", "most coherence that adding costs at any of its strengths, those that leave every reply empty apart", "points"),
         Column(
             "finding",
             "string",
             "`floor` or `add` where the interval of the difference leaves out 0, else `open`; `unmatched` where one of them never costs so much, so "
-            "that stronger ones would have to be tried",
+            "that stronger ones would have to be tried, or has only empty replies to offer",
             choices=(FLOOR, ADD, OPEN, UNMATCHED),
         ),
         Column("n", "integer", "replies a condition", low=1),
@@ -329,7 +331,12 @@ def summary(scores: pd.DataFrame, draws: int, seed: int) -> pd.DataFrame:
             "method": method,
         }
         rows.append(row)
-    return pd.DataFrame(rows)
+    return _numeric(pd.DataFrame(rows), INTERVENTION_SUMMARY)
+
+
+def _numeric(frame: pd.DataFrame, schema: TableSchema) -> pd.DataFrame:
+    """Numbers as floats also where a whole column is missing, so that figures can reckon with them."""
+    return frame.astype({column.name: float for column in schema.columns if column.kind == "number"})
 
 
 def comparison(scores: pd.DataFrame, draws: int, seed: int, losses: Sequence[float] = LOSSES) -> pd.DataFrame:
@@ -337,7 +344,9 @@ def comparison(scores: pd.DataFrame, draws: int, seed: int, losses: Sequence[flo
 
     Both are paths from no intervention through their strengths, straight between neighbours in the plane of coherence and likeness. At a loss of
     coherence of at most δ points, each offers the most likeness that its path reaches with a coherence of at least that without intervention minus δ.
-    No intervention lies on both paths, so both always offer something. A path that never costs δ could have gone on: nothing is found there.
+    No intervention lies on both paths. A strength whose replies are all empty has no likeness and offers nothing, nor do the lines to it. A path
+    that never costs δ where it has text could have gone on: nothing is found there, nor where a path offers nothing
+    at all, nor where no intervention leaves no text to be compared with.
     """
     wanted, wide, counts, method = _grid(scores, draws, seed)
     one = np.ones((1, counts.shape[1]))
@@ -346,8 +355,9 @@ def comparison(scores: pd.DataFrame, draws: int, seed: int, losses: Sequence[flo
         weights is counts: {name: {c: _present_means(wide[name][c].to_numpy(float), weights) for c in wide[name]} for name in QUANTITIES}
         for weights in (one, counts)
     }
+    coherence, likeness = means[False]["coherence"], means[False]["likeness"]
     costs = {
-        kind: max(0.0, float(max(means[False]["coherence"][NONE][0] - means[False]["coherence"][name][0] for name in path)))
+        kind: max([0.0, *(float(coherence[NONE][0] - coherence[name][0]) for name in path if np.isfinite(likeness[name][0]))])
         for kind, path in paths.items()
     }
     rows: list[dict[str, Any]] = []
@@ -365,10 +375,17 @@ def comparison(scores: pd.DataFrame, draws: int, seed: int, losses: Sequence[flo
             lower, upper = interval(drawn)
             row |= {name: float(value[0]), f"{name}_lower": lower, f"{name}_upper": upper}
         row |= {f"{kind}_loss": cost for kind, cost in costs.items()}
-        decided = FLOOR if row["difference_lower"] > 0 else ADD if row["difference_upper"] < 0 else OPEN
-        row["finding"] = UNMATCHED if min(costs.values()) < loss else decided
+        unmatched = min(costs.values()) < loss or not np.isfinite(likeness[NONE][0])
+        row["finding"] = UNMATCHED if unmatched else _decided(row["difference_lower"], row["difference_upper"])
         rows.append({**row, "n": len(wide["likeness"]), "method": method})
-    return pd.DataFrame(rows)
+    return _numeric(pd.DataFrame(rows), INTERVENTION_COMPARISON)
+
+
+def _decided(lower: float | None, upper: float | None) -> str:
+    """What an interval of the difference says; there is none where one of the two offers nothing."""
+    if lower is None or upper is None:
+        return UNMATCHED
+    return FLOOR if lower > 0 else ADD if upper < 0 else OPEN
 
 
 def _present_means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -380,17 +397,19 @@ def most_at_loss(coherence: np.ndarray, likeness: np.ndarray, loss: float) -> np
     """The most likeness on paths whose coherence is at least that of the first point minus `loss`.
 
     Args:
-        coherence, likeness: (draws, points) of paths that are straight between neighbouring points.
+        coherence, likeness: (draws, points) of paths that are straight between neighbouring points. A point with NaN as its likeness offers
+            nothing, nor do the lines to it.
 
     Returns:
-        (draws,).
+        (draws,), NaN where no point offers anything.
     """
     least = coherence[:, :1] - loss
-    inside = coherence >= least
-    best = np.where(inside, likeness, -np.inf).max(axis=1)
+    inside, there = coherence >= least, np.isfinite(likeness)
+    best = np.where(inside & there, likeness, -np.inf).max(axis=1)
     first, second = coherence[:, :-1], coherence[:, 1:]
-    crossing = inside[:, :-1] != inside[:, 1:]
+    crossing = (inside[:, :-1] != inside[:, 1:]) & there[:, :-1] & there[:, 1:]
     with np.errstate(invalid="ignore", divide="ignore"):
         share = (least - first) / (second - first)
-        there = likeness[:, :-1] + share * (likeness[:, 1:] - likeness[:, :-1])
-    return np.maximum(best, np.where(crossing, there, -np.inf).max(axis=1))
+        between = likeness[:, :-1] + share * (likeness[:, 1:] - likeness[:, :-1])
+    found = np.maximum(best, np.where(crossing, between, -np.inf).max(axis=1))
+    return np.where(np.isfinite(found), found, np.nan)

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from relseek_resources.models.interventions import Ceiling, Floor
 from relseek_resources.models.loading import ModelError, load
 from relseek_resources.models.sampling import Sampling
 from relseek_resources.models.steered import Conversation, SteeredModel
 from relseek_resources.storage import read_tensors
+from relseek_resources.stored_vectors import DIRECTIONS, asset_of, derived_in, epochs_of, study_folder
+from relseek_resources.vector_files import SITE_LAYER, named_tensors, one_vector, plain_content, read_vectors
 
 Side = Literal["floor", "ceiling"]
 SIDES = {"floor": Floor, "ceiling": Ceiling}
@@ -158,29 +158,37 @@ class CappedModel:
         side: Side,
         threshold: float | Sequence[float],
         layers: Sequence[int] | None = None,
+        extraction: str | None = None,
         model: SteeredModel | None = None,
         dtype: str = "float32",
         device: str = "auto",
     ) -> CappedModel:
-        """Cap along a study's stored steering vector. `side` has no default: a trained vector points to what its study trained.
+        """Cap along a study's stored vector, trained or derived, or along the directions of a contrastive study.
+
+        >>> capped = CappedModel.from_study("persona_axes", "smollm2-135m", side="floor", threshold=2.0, layers=range(10, 20))
+
+        `side` has no default: a trained vector points to what its study trained, a contrastive study's direction to the assistant.
 
         Args:
-            study: the study's folder in the store, or its name under RELSEEK_STORE.
-            site: model and layer, `smollm2-135m:L12`.
-            epoch: the last one stored unless named.
-            layers: the site's own unless named; all are capped along the one vector.
-            model: an already loaded one; otherwise the model that the vector's header names.
+            study: its name in the store that `relseek` uses (RELSEEK_STORE, or the Dagster home's), or its folder there as a path.
+            site: model and layer, `smollm2-135m:L12`; of a contrastive study the model alone will do where `layers` are named.
+            epoch: the last one stored unless named; directions have none.
+            layers: the site's own unless named. A vector caps all of them, a contrastive study has a direction for each.
+            extraction: which of a contrastive study's directions; `response_mean` unless named.
+            model: an already loaded one; otherwise the model that the file's header names.
+
+        Raises:
+            ModelError: nothing is stored for the site or epoch, or no layer is named; what does not fit the model.
+            StorageError: no store, or a file that cannot be read.
         """
-        file = _stored_vector(study, site, epoch)
-        tensors, header = read_tensors(file)
-        if "vector" not in tensors:
-            raise ModelError(f"{file}: expected a tensor named vector, found {sorted(tensors)}")
+        folder = study_folder(study)
+        axes = folder / DIRECTIONS / f"{site.partition(':')[0]}.safetensors"
+        read = _directions_of(axes, site, layers, extraction, epoch) if axes.is_file() else _vector_of(folder, site, layers, extraction, epoch)
         if model is None:
-            if "model" not in header:
-                raise ModelError(f"{file}: its header names no model; give model=...")
-            model = load(header["model"], dtype=dtype, device=device)
-        layers = [_layer_of(site)] if layers is None else layers
-        return cls(model, dict.fromkeys(layers, tensors["vector"]), layers, threshold=threshold, side=side)
+            if "model" not in read.header:
+                raise ModelError(f"{read.file}: its header names no model; give model=...")
+            model = load(read.header["model"], dtype=dtype, device=device)
+        return cls(model, read.directions, list(read.directions), threshold=threshold, side=side)
 
     def generate(
         self, prompt: str | Conversation, max_new_tokens: int = 100, *, do_sample: bool = False, seed: int = 0, verbose: bool = False
@@ -215,32 +223,22 @@ class CappedModel:
 
 
 def read_directions(file: str | Path, layers: Sequence[int] | None = None) -> dict[int, np.ndarray]:
-    """Vectors by 0-indexed block, float32, from a `.safetensors` file or a published `.pt` file.
+    """Vectors by 0-indexed block, float32, from a `.safetensors`, `.gguf` or published `.pt` file, as `read_vectors` reads them.
 
     Three contents are understood: vectors by layer (in safetensors the tensors' names are the numbers); one array (layers, width), a row a block
-    from block 0; one vector (width,), which serves each of `layers`, or the layer of the `site` in its header.
+    from block 0; one vector (width,), which serves the layer that its header gives, or each of `layers` where the file does not say one.
 
     Raises:
-        ModelError: a file that is not there or holds anything else. A `.pt` file is read as plain tensors; code in it is refused, not run.
-        StorageError: a truncated safetensors file, NaN.
+        ModelError: one vector of which neither the file nor `layers` says the layer.
+        VectorFileError: what `read_vectors` refuses; a layer that the file has no vector for.
     """
-    file = Path(file)
-    content, site = _content(file)
-    if isinstance(content, Mapping) and content and all(str(layer).isdecimal() for layer in content):
-        found = {int(layer): _array(vector, file) for layer, vector in content.items()}
-    elif isinstance(content, Mapping):
-        raise ModelError(f"{file}: expected one tensor or tensors named by their layer, found {sorted(map(str, content))}")
-    else:
-        array = _array(content, file)
-        if array.ndim == 2:
-            found = dict(enumerate(array))
-        elif layers is None and not site:
-            raise ModelError(f"{file}: it holds one vector and does not say for which layer; give layers=[...]")
-        else:
-            found = dict.fromkeys([_layer_of(site)] if layers is None else layers, array)
-    if any(vector.ndim != 1 for vector in found.values()):
-        raise ModelError(f"{file}: expected vectors, found the shapes {sorted({vector.shape for vector in found.values()})}")
-    return found
+    found = read_vectors(Path(file), rows=True)
+    if layers is not None:
+        return {layer: found.at(layer) for layer in layers}
+    by_layer = {layer: vector for layer, vector in found.vectors.items() if layer is not None}
+    if not by_layer:
+        raise ModelError(f"{file}: it holds one vector and does not say for which layer; give layers=[...]")
+    return by_layer
 
 
 def read_capping(file: str | Path) -> dict[str, tuple[Ceiling, ...]]:
@@ -254,7 +252,8 @@ def read_capping(file: str | Path) -> dict[str, tuple[Ceiling, ...]]:
     ...     replies = model.generate(conversations)
 
     Raises:
-        ModelError: a file that is not there or holds anything else, a cap on a vector that it does not hold, an experiment named twice.
+        ModelError: a file that holds anything else, a cap on a vector that it does not hold, an experiment named twice.
+        VectorFileError: a file that is not there or cannot be read, a vector that is no row of finite floating-point numbers.
     """
     file = Path(file)
     content = _capping_content(file)
@@ -269,21 +268,19 @@ def read_capping(file: str | Path) -> dict[str, tuple[Ceiling, ...]]:
         name = str(experiment["id"])
         if name in found:
             raise ModelError(f"{where}: the id {name!r} is there already; each needs one of its own")
-        found[name] = tuple(_ceiling(one, vectors, f"{where} ({name})", file) for one in experiment["interventions"])
+        found[name] = tuple(_ceiling(one, vectors, f"{where} ({name})") for one in experiment["interventions"])
     return found
 
 
-def _ceiling(one: Any, vectors: Mapping[str, Any], where: str, file: Path) -> Ceiling:
+def _ceiling(one: Any, vectors: Mapping[str, Any], where: str) -> Ceiling:
     if not isinstance(one, Mapping) or set(one) != {"vector", "cap"} or isinstance(one["cap"], bool) or not isinstance(one["cap"], int | float):
         raise ModelError(f"{where}: an intervention has a `vector` and a number `cap`, and is {one!r}")
     entry = vectors.get(one["vector"])
     if not isinstance(entry, Mapping) or isinstance(entry.get("layer"), bool) or not isinstance(entry.get("layer"), int) or "vector" not in entry:
         raise ModelError(f"{where}: the vector {one['vector']!r} is not there with a `layer` and a `vector`; there is {sorted(map(str, vectors))}")
     vector = entry["vector"]
-    array = _array(np.asarray(vector, dtype=np.float32) if isinstance(vector, list) else vector, file)
-    if array.ndim != 1:
-        raise ModelError(f"{where}: the vector {one['vector']!r} has the shape {array.shape}; it must be (width,)")
-    return Ceiling(array, entry["layer"], float(one["cap"]))
+    numbers = np.asarray(vector, dtype=np.float32) if isinstance(vector, list) else vector  # JSON writes 1.0 as 1
+    return Ceiling(one_vector(numbers, f"{where}: the vector {one['vector']!r}"), entry["layer"], float(one["cap"]))
 
 
 def _capping_content(file: Path) -> Mapping[str, Any]:
@@ -292,13 +289,13 @@ def _capping_content(file: Path) -> Mapping[str, Any]:
         if file.suffix == ".json":
             content = json.loads(file.read_text(encoding="utf-8"))
         elif file.suffix == ".safetensors":
-            tensors, header = read_tensors(file)
+            tensors, header = named_tensors(file)
             layers, experiments = (json.loads(header.get(name, "null")) for name in ("layers", "experiments"))
             if not isinstance(layers, dict) or set(layers) != set(tensors):
                 raise ModelError(f"{file}: its header must give `layers`, JSON with a layer for each of {sorted(tensors)}")
             content = {"vectors": {name: {"layer": layers[name], "vector": tensors[name]} for name in tensors}, "experiments": experiments}
         else:
-            content, _ = _content(file)
+            content = plain_content(file)
     except OSError as error:
         raise ModelError(f"{file}: cannot be read ({error.strerror})") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -316,40 +313,54 @@ def published_directions(model_key: str) -> Path:
     return Path(root) / "artifacts" / "directions" / f"{model_key}_last_token.pt"
 
 
-def _content(file: Path) -> tuple[Any, str]:
-    """A file's tensors by name, or its only tensor where the name is no layer's, and the `site` of its header."""
-    if not file.is_file():
-        raise ModelError(f"{file}: no such file")
-    if file.suffix == ".safetensors":
-        tensors, header = read_tensors(file)
-        alone = len(tensors) == 1 and not next(iter(tensors)).isdecimal()
-        return (next(iter(tensors.values())) if alone else tensors), header.get("site", "")
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True), ""
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ModelError(f"{file}: not a readable file of plain tensors ({reason}); it is not opened in any other way") from error
+@dataclass(frozen=True)
+class _Read:
+    """What is capped along by layer, with the file that it came from and that file's header."""
+
+    file: Path
+    header: Mapping[str, str]
+    directions: dict[int, np.ndarray]
 
 
-def _array(tensor: Any, file: Path) -> np.ndarray:
-    if not isinstance(tensor, torch.Tensor | np.ndarray):
-        raise ModelError(f"{file}: expected tensors, found {type(tensor).__name__}")
-    return torch.as_tensor(tensor).float().numpy()
-
-
-def _stored_vector(study: str | Path, site: str, epoch: int | None) -> Path:
-    """The file of a study's `steering_vectors` at a site: `STUDY/steering_vectors/SITE/eNN.safetensors`."""
-    store = os.environ.get("RELSEEK_STORE")
-    folder = Path(store) / study if store and not Path(study).is_dir() else Path(study)
-    vectors = folder / "steering_vectors" / site
-    files = sorted(vectors.glob("e[0-9]*.safetensors"))
+def _vector_of(study: Path, site: str, layers: Sequence[int] | None, extraction: str | None, epoch: int | None) -> _Read:
+    """The one vector of a site, for its own layer or for all of `layers`."""
+    derived = derived_in(study)
+    folder, files = study / asset_of(site, derived) / site, epochs_of(study, site, derived)
     if not files:
-        raise ModelError(f"{vectors}: no stored vector; give the study's folder in the store, or run its steering_vectors first")
-    wanted = files[-1] if epoch is None else vectors / f"e{epoch:02d}.safetensors"
+        raise ModelError(
+            f"{folder}: no stored vector, and there are no {DIRECTIONS} of the model; give the study's name or folder in the store, or run it"
+        )
+    if extraction is not None:
+        raise ModelError(f"{folder}: a vector has no extraction {extraction!r}; that is for the directions of a contrastive study")
+    wanted = max(files) if epoch is None else epoch
     if wanted not in files:
-        raise ModelError(f"{wanted}: no such epoch; there is {[file.stem for file in files]}")
-    return wanted
+        raise ModelError(f"{folder / f'e{wanted:02d}.safetensors'}: no such epoch; there is {[file.stem for file in files.values()]}")
+    tensors, header = read_tensors(files[wanted])
+    if "vector" not in tensors:
+        raise ModelError(f"{files[wanted]}: expected a tensor named vector, found {sorted(tensors)}")
+    return _Read(files[wanted], header, dict.fromkeys(_layers_of(site, layers, folder), tensors["vector"]))
 
 
-def _layer_of(site: str) -> int:
-    return int(site.partition(":L")[2])
+def _directions_of(file: Path, site: str, layers: Sequence[int] | None, extraction: str | None, epoch: int | None) -> _Read:
+    """Each layer's own direction, for the site's layer or for all of `layers`."""
+    if epoch is not None:
+        raise ModelError(f"{file}: directions have no epoch {epoch}; leave it out")
+    tensors, header = read_tensors(file)
+    there = {name: array for name, array in tensors.items() if array.ndim == 2}
+    extraction = extraction or "response_mean"
+    if extraction not in there:
+        raise ModelError(f"{file}: no directions {extraction!r}; there is {', '.join(sorted(there))}")
+    rows, wanted = there[extraction], _layers_of(site, layers, file)
+    beyond = [layer for layer in wanted if not 0 <= layer < len(rows)]
+    if beyond:
+        raise ModelError(f"{file}: no direction for the layers {beyond}; there are the blocks 0 to {len(rows) - 1}")
+    return _Read(file, header, {layer: rows[layer] for layer in wanted})
+
+
+def _layers_of(site: str, layers: Sequence[int] | None, where: Path) -> list[int]:
+    if layers is not None:
+        return list(layers)
+    found = SITE_LAYER.fullmatch(site)
+    if found is None:
+        raise ModelError(f"{where}: the site {site!r} names no layer; give one that does, {site}:L12, or layers=[...]")
+    return [int(found[1])]

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
+from relseek_assets import intervention_figures
 from relseek_assets.axes import interventions
 from relseek_assets.axes.interventions import (
     ADD,
@@ -27,6 +28,7 @@ from relseek_assets.axes.interventions import (
     summary,
 )
 from relseek_assets.persona_set import PersonaSetError, Prompt
+from relseek_assets.stage import plot
 from relseek_resources.models import Sampling
 
 LAYERS, WIDTH = 4, 64
@@ -210,3 +212,64 @@ def test_most_likeness_at_a_loss_is_found_on_the_straight_lines_between_strength
         expected = path[1][path[0] >= 8.0 - loss].max()
         assert most_at_loss(coherence, likeness, loss)[0] == pytest.approx(expected, abs=1e-3)
     assert math.isclose(most_at_loss(coherence, likeness, 2.5)[0], 7.0)
+
+
+def silenced(scores: pd.DataFrame, *conditions: str) -> pd.DataFrame:
+    """The same with every reply of these conditions empty: the worst coherence and no likeness."""
+    scores.loc[scores["condition"].isin(conditions), ["likeness", "coherence"]] = np.array([np.nan, 1.0])
+    return scores
+
+
+def drawable(scores: pd.DataFrame) -> pd.DataFrame:
+    """The comparison, stored and drawn as the assets do it, and so is the summary."""
+    frame, means = comparison(scores, draws=100, seed=1), summary(scores, draws=100, seed=1)
+    interventions.INTERVENTION_COMPARISON.to_arrow(frame, "test")
+    interventions.INTERVENTION_SUMMARY.to_arrow(means, "test")
+    for figure in (intervention_figures.matched_coherence(frame), *(draw(means) for draw in DRAWN)):
+        plot(figure)
+    return frame.set_index("loss")
+
+
+DRAWN = (intervention_figures.likeness_against_coherence, intervention_figures.by_strength)
+
+
+def test_a_strength_that_leaves_every_reply_empty_offers_nothing():
+    frame = drawable(silenced(judged(FLOOR_WINS), "add 2"))
+    without = drawable(judged({key: mean for key, mean in FLOOR_WINS.items() if key != (ADD, 2.0)}))
+    for loss in (0.0, 0.25, 0.5):
+        assert (
+            frame.loc[loss, "finding"] in (FLOOR, "open") and np.isfinite(frame.loc[loss, ["floor", "add", "difference_lower"]].astype(float)).all()
+        )
+    # what is left of additions costs a point at most: `add 1`
+    assert frame["add_loss"].iloc[0] == pytest.approx(1.0, abs=0.3) and without["add_loss"].iloc[0] == pytest.approx(1.0, abs=0.3)
+    assert frame.loc[2.0, "finding"] == without.loc[2.0, "finding"] == "unmatched"
+
+
+def test_where_one_intervention_only_silences_nothing_is_found_beyond_no_loss():
+    frame = drawable(silenced(judged(FLOOR_WINS), "floor p25", "floor p50"))
+    assert frame["floor_loss"].tolist() == [0.0] * len(frame)
+    assert (frame.loc[frame.index > 0, "finding"] == "unmatched").all()
+    assert frame["floor"].tolist() == pytest.approx([frame["floor"].iloc[0]] * len(frame)), "what no intervention has"
+
+
+@pytest.mark.parametrize("silent", [("none",), tuple(Condition(*key).name for key in FLOOR_WINS)], ids=["none", "all"])
+def test_where_no_intervention_leaves_no_text_nothing_is_found(silent):
+    frame = drawable(silenced(judged(FLOOR_WINS), *silent))
+    assert (frame["finding"] == "unmatched").all() and (frame[["floor_loss", "add_loss"]] == 0).all(axis=None)
+    assert frame["difference"].isna().all() == (silent != ("none",))
+
+
+def test_scores_of_a_judge_elsewhere_go_through_the_same_estimates_as_csv(tmp_path):
+    scores = silenced(judged(FLOOR_WINS), "add 2").drop(columns="perplexity")
+    scores.to_csv(tmp_path / "scored.csv", index=False)
+    read = pd.read_csv(tmp_path / "scored.csv")
+    for estimate in (summary, comparison):
+        pd.testing.assert_frame_equal(estimate(read, draws=50, seed=0), estimate(scores, draws=50, seed=0))
+
+
+def test_lines_to_a_point_without_likeness_are_not_walked_along():
+    coherence, likeness = np.array([[8.0, 7.0, 1.0, 5.0, 9.0]] * 2), np.array([[3.0, 4.0, np.nan, 9.0, 2.0], [np.nan] * 5])
+    found = [most_at_loss(coherence, likeness, loss) for loss in (0.0, 1.5, 3.0)]
+    # at a loss of 1.5, the line from (5, 9) to (9, 2) is entered at 6.5: 9 - 1.5 / 4 * 7
+    assert [float(one[0]) for one in found] == pytest.approx([9 - 3 / 4 * 7, 9 - 1.5 / 4 * 7, 9.0])
+    assert np.isnan([one[1] for one in found]).all()

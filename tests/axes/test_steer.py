@@ -12,9 +12,11 @@ import torch
 from click.testing import CliRunner, Result
 
 from relseek_assets.cli import main
-from relseek_assets.steer import Session, Strengths, converse, layer_range, obey, said
+from relseek_assets.steer import Session, Strengths, converse, layer_range, obey, of_file, said
 from relseek_resources.models import Add, Ceiling, Floor, Sampling
 from relseek_resources.storage import write_tensors
+from relseek_resources.vector_files import VectorFileError
+from tests.resources.test_vector_files import BAD
 
 VECTOR = 3 * np.random.default_rng(0).normal(size=64).astype(np.float32)
 GREEDY = Sampling(temperature=0, max_new_tokens=8)
@@ -207,6 +209,25 @@ def test_a_vector_that_does_not_fit_is_refused_before_anything_is_said(model_fol
     torch.save(torch.ones(64), tmp_path / "deep.pt")
     beyond = steer("--model", model_folder, "--vector", tmp_path / "deep.pt", "--layer", 4, "--scale", 1)
     assert beyond.exit_code == 1 and "blocks 0 to 3" in beyond.output
+
+
+def test_a_file_that_gives_its_block_steers_that_one_alone(tiny_llama, model_folder, tmp_path):
+    file = tmp_path / "vector.safetensors"
+    write_tensors(file, {"vector": VECTOR}, {"site": "m:L02"})
+    done = steer("--model", model_folder, "--vector", file, "--scale", 2)
+    assert done.exit_code == 0, done.output
+    assert done.stdout == reply_under(tiny_llama, [Add(VECTOR, 2, 2.0)], "Hello") + "\n"
+    elsewhere = steer("--model", model_folder, "--vector", file, "--layer", 1, "--scale", 2)
+    assert elsewhere.exit_code == 1 and "it steers block 2 and not block 1" in elsewhere.output
+
+
+@pytest.mark.parametrize("fault", sorted(BAD.keys() - {"a matrix"}))
+def test_what_is_no_vector_is_refused_as_everywhere(tmp_path, fault):
+    make, told = BAD[fault]
+    path = make(tmp_path)
+    with pytest.raises(VectorFileError) as caught:
+        of_file("embedded:none", path, [1])
+    assert str(caught.value).startswith(f"{path}: ") and told in str(caught.value)
 
 
 def home_of(folder: Path) -> dict[str, str]:

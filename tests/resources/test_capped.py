@@ -11,10 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from relseek_resources.models import CappedModel, Floor, ModelError, SteeredModel, format_prompt, read_capping, read_directions
 from relseek_resources.models.capped import PUBLISHED
-from relseek_resources.storage import write_tensors
+from relseek_resources.storage import StorageError, write_tensors
+from relseek_resources.stored_vectors import store_folder
+from relseek_resources.vector_files import VectorFileError
+from tests.resources.test_vector_files import BAD, control, safetensors
 
 PROMPT = "Why is the sky blue at noon?"
 STEPS = 10
@@ -228,15 +232,34 @@ def test_bfloat16_directions_come_back_as_their_float32_values(tmp_path):
     np.testing.assert_array_equal(found[3], vector.float().numpy())
 
 
-def test_one_vector_serves_the_layer_of_its_site_or_the_layers_that_are_asked_for(tmp_path):
+def test_one_vector_serves_the_layer_that_its_file_gives_and_otherwise_the_layers_that_are_asked_for(tmp_path):
     vector = np.arange(1, 65, dtype=np.float32)
     write_tensors(tmp_path / "site.safetensors", {"vector": vector}, {"site": "m:L02"})
     torch.save(torch.from_numpy(vector), tmp_path / "bare.pt")
-    assert list(read_directions(tmp_path / "site.safetensors")) == [2]
-    assert list(read_directions(tmp_path / "site.safetensors", [0, 3])) == [0, 3]
+    assert list(read_directions(tmp_path / "site.safetensors")) == list(read_directions(tmp_path / "site.safetensors", [2])) == [2]
+    with pytest.raises(VectorFileError, match=r"site\.safetensors: it steers block 2 and not block 3"):
+        read_directions(tmp_path / "site.safetensors", [2, 3])
+    assert list(read_directions(tmp_path / "bare.pt", [0, 3])) == [0, 3]
     np.testing.assert_array_equal(read_directions(tmp_path / "bare.pt", [1])[1], vector)
     with pytest.raises(ModelError, match="bare.pt: it holds one vector.*layers="):
         read_directions(tmp_path / "bare.pt")
+
+
+def test_directions_are_read_in_every_precision_and_from_control_vectors(tmp_path):
+    half = safetensors(vector=torch.tensor([0.5, -2.0], dtype=torch.bfloat16))(tmp_path)
+    np.testing.assert_array_equal(read_directions(half, [1])[1], np.array([0.5, -2.0], np.float32))
+    gguf = control({"direction.3": np.array([0.5, -2.0], np.float32)})(tmp_path)
+    assert list(read_directions(gguf)) == [3]
+    np.testing.assert_array_equal(read_directions(gguf, [3])[3], np.array([0.5, -2.0], np.float32))
+
+
+@pytest.mark.parametrize("fault", sorted(BAD.keys() - {"a matrix"}))
+def test_what_is_no_vector_is_refused_by_name(tmp_path, fault):
+    make, told = BAD[fault]
+    path = make(tmp_path)
+    with pytest.raises(VectorFileError) as caught:
+        read_directions(path, [1])
+    assert str(caught.value).startswith(f"{path}: ") and told in str(caught.value)
 
 
 class Trap:
@@ -251,35 +274,9 @@ class Trap:
 
 def test_code_in_a_direction_file_is_refused_and_does_not_run(tmp_path):
     torch.save({0: Trap(tmp_path / "sprung")}, tmp_path / "trap.pt")
-    with pytest.raises(ModelError, match="trap.pt: not a readable file of plain tensors"):
+    with pytest.raises(VectorFileError, match="trap.pt: not a readable file of plain tensors"):
         read_directions(tmp_path / "trap.pt")
     assert not (tmp_path / "sprung").exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"not a file of torch", "not a readable file of plain tensors"),
-        ({"qwen": torch.ones(3)}, "named by their layer, found.*qwen"),
-        ({}, "named by their layer"),
-        ({1: 2.0}, "expected tensors, found float"),
-        ([torch.ones(3)], "expected tensors, found list"),
-        ({1: torch.ones(2, 3)}, r"expected vectors, found the shapes \[\(2, 3\)\]"),
-    ],
-)
-def test_files_that_hold_no_directions_are_refused_by_name(tmp_path, content, message):
-    file = tmp_path / "directions.pt"
-    if isinstance(content, bytes):
-        file.write_bytes(content)
-    else:
-        torch.save(content, file)
-    with pytest.raises(ModelError, match=f"directions.pt: .*{message}"):
-        read_directions(file)
-
-
-def test_a_file_that_is_not_there_is_refused_by_name(tmp_path):
-    with pytest.raises(ModelError, match="gone.pt: no such file"):
-        read_directions(tmp_path / "gone.pt")
 
 
 @pytest.mark.parametrize("given", [{}, {"directions": {1: torch.ones(64)}}, {"threshold": 3.0}])
@@ -361,6 +358,71 @@ def test_a_stored_vector_without_a_model_in_its_header_asks_for_one(store):
         CappedModel.from_study(store / "tiny", "m:L02", side="floor", threshold=1.0)
 
 
+def test_a_studys_name_is_looked_up_in_the_store_of_the_commands(store, tiny_llama, tmp_path, monkeypatch):
+    from relseek_assets import stage
+
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    (home / "store").mkdir(parents=True)
+    (store / "tiny").rename(home / "store" / "tiny")
+    elsewhere.joinpath("tiny").mkdir(parents=True)  # a folder of that name where the caller happens to stand
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.delenv("RELSEEK_STORE", raising=False)
+    monkeypatch.setenv("DAGSTER_HOME", str(home))
+    with pytest.raises(StorageError, match="home: no dagster.yaml.*RELSEEK_STORE"):
+        CappedModel.from_study("tiny", "m:L02", side="floor", threshold=6.0, model=tiny_llama)
+    (home / "dagster.yaml").write_text("")
+    assert CappedModel.from_study("tiny", "m:L02", side="floor", threshold=6.0, model=tiny_llama).layers == (2,)
+    for variables in ({}, {"DAGSTER_HOME": ""}, {"RELSEEK_STORE": str(elsewhere)}):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert store_folder() == stage.store_folder()
+
+
+def test_a_derived_vector_caps_as_a_trained_one_does(store, tiny_llama, model_folder):
+    vector, header = 3 * random_directions()[3], {"site": "m-without_other:L02", "model": str(model_folder)}
+    write_tensors(store / "tiny/derived_vectors/m-without_other:L02/e02.safetensors", {"vector": vector.numpy()}, header)
+    capped = CappedModel.from_study(store / "tiny", "m-without_other:L02", side="floor", threshold=6.0, device="cpu")
+    assert capped.generate(PROMPT, STEPS) == expected_reply(tiny_llama, {2: vector}, low=6.0) != capped.generate_uncapped(PROMPT, STEPS)
+
+
+@pytest.fixture
+def axes(tmp_path, model_folder) -> Path:
+    """A contrastive study's folder with its directions, laid out as the asset writes them."""
+    units = torch.stack(list(random_directions().values()))
+    arrays = {"response_mean": units, "last_token": -units, "response_mean_length": units.norm(dim=1)}
+    write_tensors(tmp_path / "axes/directions/m.safetensors", {name: found.numpy() for name, found in arrays.items()}, {"model": str(model_folder)})
+    return tmp_path / "axes"
+
+
+def test_a_contrastive_studys_directions_cap_each_block_along_its_own(axes, tiny_llama, monkeypatch):
+    monkeypatch.setenv("RELSEEK_STORE", str(axes.parent))
+    capped = CappedModel.from_study("axes", "m", side="floor", threshold=6.0, layers=range(1, 3), device="cpu")
+    own = {layer: random_directions()[layer] for layer in (1, 2)}
+    assert capped.generate(PROMPT, STEPS) == expected_reply(tiny_llama, own, low=6.0) != capped.generate_uncapped(PROMPT, STEPS)
+    one = CappedModel.from_study("axes", "m:L03", side="floor", threshold=6.0, extraction="last_token", model=tiny_llama)
+    assert one.generate(PROMPT, STEPS) == expected_reply(tiny_llama, {3: -random_directions()[3]}, low=6.0)
+
+
+@pytest.mark.parametrize(
+    ("site", "settings", "message"),
+    [
+        ("m", {}, "m.safetensors: the site 'm' names no layer; give.*m:L12, or layers="),
+        ("m:L01", {"extraction": "response_mean_length"}, "no directions 'response_mean_length'; there is last_token, response_mean$"),
+        ("m:L04", {}, r"no direction for the layers \[4\]; there are the blocks 0 to 3"),
+        ("m:L01", {"epoch": 2}, "directions have no epoch 2"),
+        ("n:L01", {}, "n:L01: no stored vector, and there are no directions of the model"),
+    ],
+)
+def test_directions_that_are_not_there_are_refused_by_file(axes, tiny_llama, site, settings, message):
+    with pytest.raises(ModelError, match=message):
+        CappedModel.from_study(axes, site, side="floor", threshold=1.0, model=tiny_llama, **settings)
+
+
+def test_a_trained_vector_has_no_extraction(store, tiny_llama):
+    with pytest.raises(ModelError, match="a vector has no extraction 'last_token'"):
+        CappedModel.from_study(store / "tiny", "m:L02", side="floor", threshold=1.0, extraction="last_token", model=tiny_llama)
+
+
 # --- capping configurations -------------------------------------------------------------------------------------------
 
 UNWANTED = {"contr_0": (1, torch.randn(64, generator=torch.Generator().manual_seed(3))), "contr_1": (2, 7 * random_directions()[2])}
@@ -411,7 +473,7 @@ def test_code_in_a_capping_file_is_refused_and_not_run(tmp_path):
             return os.mkdir, (str(tmp_path / "made"),)
 
     torch.save({"vectors": {}, "experiments": Harmful()}, tmp_path / "capping.pt")
-    with pytest.raises(ModelError, match="plain tensors"):
+    with pytest.raises(VectorFileError, match="plain tensors"):
         read_capping(tmp_path / "capping.pt")
     assert not (tmp_path / "made").exists()
 
@@ -441,7 +503,30 @@ def test_what_is_no_capping_configuration_is_refused(tmp_path):
         ("list.json", "found list"),
         ("bare.safetensors", "a layer for each of"),
         ("none.json", "cannot be read"),
-        ("none.pt", "no such file"),
     ):
         with pytest.raises(ModelError, match=message):
             read_capping(tmp_path / name)
+    with pytest.raises(VectorFileError, match="none.pt: no such file"):
+        read_capping(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize(
+    ("vector", "message"),
+    [
+        (torch.ones(64, dtype=torch.int64), "has the type int64"),
+        (torch.full((64,), torch.nan), "64 NaN or infinite values"),
+        (torch.ones(2, 64), r"has the shape \(2, 64\)"),
+    ],
+)
+def test_a_capping_vector_that_is_none_is_refused_by_its_name(tmp_path, vector, message):
+    experiments = [{"id": "a", "interventions": [{"vector": "contr_0", "cap": 1.0}]}]
+    torch.save({"vectors": {"contr_0": {"layer": 1, "vector": vector}}, "experiments": experiments}, tmp_path / "capping.pt")
+    with pytest.raises(VectorFileError, match=f"capping.pt, experiment 1 .a.: the vector 'contr_0' .*{message}"):
+        read_capping(tmp_path / "capping.pt")
+
+
+def test_a_capping_configuration_in_bfloat16_is_read(tmp_path):
+    header = {"layers": '{"contr_0": 1}', "experiments": '[{"id": "a", "interventions": [{"vector": "contr_0", "cap": 1.0}]}]'}
+    save_file({"contr_0": torch.tensor([0.5, -2.0], dtype=torch.bfloat16)}, tmp_path / "capping.safetensors", metadata=header)
+    (ceiling,) = read_capping(tmp_path / "capping.safetensors")["a"]
+    np.testing.assert_array_equal(np.asarray(ceiling.vector), np.array([0.5, -2.0], np.float32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +17,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relseek_assets.exchange import ExchangeError, export_vector, import_scores, import_vector
 from relseek_assets.planning import Workspace
+from relseek_assets.serve import gathered
 from relseek_assets.stage import Store
+from relseek_assets.steer import of_study
 from relseek_assets.study import StudyError, load_study
 from relseek_assets.vectors.geometry import GeometryError, Named, compared, every_pair, without
+from relseek_resources.models import CappedModel, SteeredModel
+from relseek_resources.serving.vectors import Configuration, Vectors
 from relseek_resources.storage import read_table, read_tensors, write_tensors
+from relseek_resources.vector_files import read_vectors
 
 CHECKOUT = Path(__file__).parents[2]
 WIDTH = 16
@@ -288,6 +295,70 @@ def test_the_geometry_holds_epochs_sites_derived_vectors_and_the_other_study(two
     assert origin["cosine"] > 0.5
 
 
+# --- where a trained vector is taken, a derived one is too ------------------------------------------------------------
+
+DERIVED = "m-without_flattery:L01"
+
+
+@pytest.fixture
+def stored(two: Two, monkeypatch: pytest.MonkeyPatch) -> Two:
+    """Both studies, where the commands look for them."""
+    monkeypatch.delenv("RELSEEK_STORE", raising=False)
+    monkeypatch.setenv("DAGSTER_HOME", str(two.folder / "home"))
+    return two
+
+
+def test_a_derived_vector_is_steered_with(stored: Two) -> None:
+    study = load_study(str(stored.folder / "warm.toml"))
+    chosen = of_study(study, DERIVED, None, None, "response_mean")
+    assert (list(chosen.vectors), chosen.read_at, chosen.model) == ([1], 1, study.models[0])
+    np.testing.assert_array_equal(chosen.vectors[1], stored.stored("warm", "derived_vectors", PLAIN)[0])
+    with pytest.raises(StudyError, match=r"m-without_flattery:L01, epoch 1 has not been computed \(there is e02\).*--select derived_vectors"):
+        of_study(study, DERIVED, 1, None, "response_mean")
+    with pytest.raises(StudyError, match="there is m:L01, m:L02, m-without_flattery:L01, m-same_length:L02"):
+        of_study(study, "m:L03", None, None, "response_mean")
+
+
+def test_a_derived_vector_is_served_and_recorded_as_no_partition_of_the_trained_ones(stored: Two) -> None:
+    served = gathered(str(stored.folder / "warm.toml"), None, DERIVED, None, True, "response_mean", ())
+    assert [vector.name for vector in served.vectors] == [
+        f"{DERIVED}@e02",
+        "m:L01@e01",
+        "m:L01@e02",
+        "m:L02@e01",
+        "m:L02@e02",
+        "m-same_length:L02@e01",
+    ]
+    assert [vector.partition for vector in served.vectors] == [None, "m:L01|e01", "m:L01|e02", "m:L02|e01", "m:L02|e02", None]
+    registered = Vectors(Configuration.from_json(served.configuration()), 3, WIDTH).by_name[f"{DERIVED}@e02"]
+    assert registered.home == (1,) and registered.sha256 == served.vectors[0].sha256
+
+
+def test_a_derived_vector_caps(stored: Two, tiny_llama: SteeredModel) -> None:
+    wide = {"vector": np.ones(64, np.float32)}  # as wide as the model that is here
+    write_tensors(stored.folder / "home" / "store" / "warm" / "derived_vectors" / DERIVED / "e02.safetensors", wide, {"model": "someone/Tiny-Model"})
+    capped = CappedModel.from_study("warm", DERIVED, side="ceiling", threshold=1.0, model=tiny_llama)
+    assert capped.layers == (1,)
+
+
+def test_a_derived_vector_leaves_the_study_with_its_provenance(stored: Two, tmp_path: Path) -> None:
+    with stored.workspace("warm") as workspace:
+        told = export_vector(workspace, DERIVED, 2, "safetensors", tmp_path / "v.safetensors")
+        assert told.startswith(f"warm: derived_vectors {PLAIN}, norm")
+        with pytest.raises(ExchangeError, match="m-without_flattery:L01 has the epoch 2 alone"):
+            export_vector(workspace, DERIVED, 1, "safetensors", tmp_path / "w.safetensors")
+        with pytest.raises(ExchangeError, match=r"v\.safetensors: m-without_flattery:L01 is made from m:L01.*import a vector for m:L01"):
+            import_vector(workspace, tmp_path / "v.safetensors", DERIVED, 2)
+        workspace.path("derived_vectors", "m-same_length:L02|e01").unlink()
+        with pytest.raises(ExchangeError, match=r"derived_vectors m-same_length:L02\|e01 has not been.*--select derived_vectors"):
+            export_vector(workspace, "m-same_length:L02", 1, "safetensors", tmp_path / "w.safetensors")
+    left = read_vectors(tmp_path / "v.safetensors")
+    np.testing.assert_array_equal(left.at(1, WIDTH), stored.stored("warm", "derived_vectors", PLAIN)[0])
+    assert left.provenance["removed"] == "flattery/steering_vectors mine:L01|e01" and len(left.provenance["data_version"]) == 16
+    parents = json.loads(left.provenance["input_versions"])
+    assert parents.keys() == {"warm/steering_vectors m:L01|e02", "flattery/steering_vectors mine:L01|e01"} and len(set(parents.values())) == 2
+
+
 # --- a persona axis ---------------------------------------------------------------------------------------------------
 
 AXIS = """
@@ -319,6 +390,12 @@ def record_directions(two: Two, seed: int) -> dict[str, np.ndarray]:
         event = lineage.materialisation(key, "small", version, lineage.input_tags(key, "small"), {})
         workspace.instance.report_runless_asset_event(event)
     return arrays
+
+
+def test_a_study_of_directions_takes_no_scores_and_says_so(two: Two, tmp_path: Path) -> None:
+    (two.folder / "axis.toml").write_text(AXIS.format(personas=load_study("persona_axes").personas))
+    with two.workspace("axis") as workspace, pytest.raises(ExchangeError, match=r"scores\.csv: study axis has no judge_scores"):
+        import_scores(workspace, tmp_path / "scores.csv")
 
 
 def test_vectors_are_set_beside_a_persona_axis_layer_by_layer_and_taken_off_it(two: Two) -> None:

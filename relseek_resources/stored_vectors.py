@@ -1,0 +1,51 @@
+"""Where a study's vectors lie in the store: `STUDY/steering_vectors/SITE/eNN.safetensors`, those made of two vectors under `derived_vectors`, and
+the directions of a contrastive study in `STUDY/directions/MODEL.safetensors`.
+
+Here belong paths. What the files hold belongs in `vector_files.py`, which sites a study declares in `relseek_assets/study.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from relseek_resources.storage import StorageError
+
+TRAINED, DERIVED, DIRECTIONS = "steering_vectors", "derived_vectors", "directions"
+CHECKOUT = Path(__file__).parents[1]
+
+
+def store_folder() -> Path:
+    """The store of every command: RELSEEK_STORE, or `store` in the Dagster home, which is DAGSTER_HOME or `dagster_home` of the checkout.
+
+    Raises:
+        StorageError: a home without dagster.yaml.
+    """
+    if os.environ.get("RELSEEK_STORE"):
+        return Path(os.environ["RELSEEK_STORE"])
+    home = Path(os.environ.get("DAGSTER_HOME") or CHECKOUT / "dagster_home")
+    if not (home / "dagster.yaml").is_file():
+        raise StorageError(f"{home}: no dagster.yaml there; set RELSEEK_STORE to the store, or DAGSTER_HOME to a folder that holds one")
+    return home.resolve() / "store"
+
+
+def study_folder(study: str | Path) -> Path:
+    """A study's files: a name is looked up in the store, anything with a slash and every `Path` is the folder itself."""
+    return Path(study) if isinstance(study, Path) or len(Path(study).parts) > 1 else store_folder() / study
+
+
+def asset_of(site: str, derived: Collection[str]) -> str:
+    """The asset that has the vectors of a site; `derived` are the study's sites whose vectors are made of two."""
+    return DERIVED if site in derived else TRAINED
+
+
+def derived_in(study: Path) -> set[str]:
+    """The derived sites of which a study's folder has vectors, for readers who have the folder and not the study."""
+    return {folder.name for folder in (study / DERIVED).glob("*") if folder.is_dir()}
+
+
+def epochs_of(study: Path, site: str, derived: Collection[str]) -> dict[int, Path]:
+    """The files of a site's stored vectors by epoch, the last one last; `study` is the study's folder."""
+    files = (study / asset_of(site, derived) / site).glob("e[0-9]*.safetensors")
+    return dict(sorted((int(file.stem[1:]), file) for file in files))
