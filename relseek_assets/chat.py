@@ -7,6 +7,7 @@ study.
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +19,7 @@ import click
 from relseek_assets import steer
 from relseek_assets.commands import explained
 from relseek_assets.steer import CommandError
-from relseek_assets.study import load_study
+from relseek_assets.study import Study, load_study
 from relseek_resources.models.loading import ModelError
 from relseek_resources.models.sampling import Sampling
 from relseek_resources.storage import keyed_seed
@@ -40,7 +41,11 @@ class Talk(Protocol):
     def turns(self) -> Sequence[dict[str, Any]]: ...
 
     def say(self, text: str, multiplier: float, write: Callable[[str], None]) -> None:
-        """Answer `text`, giving the reply to `write` piece by piece. One that Ctrl-C breaks off counts as far as it went."""
+        """Answer `text`, giving the reply to `write` piece by piece. One that Ctrl-C breaks off counts as far as it went.
+
+        Raises:
+            ChatError: the server did not answer, or its reply has no end of its own; neither counts.
+        """
 
     def reset(self) -> None:
         """Forget what was said."""
@@ -68,6 +73,8 @@ class Served:
     def say(self, text: str, multiplier: float, write: Callable[[str], None]) -> None:
         import openai
 
+        from relseek_resources.serving.trial_chat import WHOLE
+
         if multiplier and self.vector is None:
             raise CommandError("this server offers no vectors: only λ = 0 can be had")
         opening = [{"role": "system", "content": self.system}] if self.system else []
@@ -76,6 +83,7 @@ class Served:
         steering = self._steering(multiplier)
         pieces: list[str] = []
         tokens: int | None = None
+        finish_reason: str | None = None
         start, first = time.monotonic(), None
         try:
             with self.client.chat.completions.create(
@@ -94,7 +102,11 @@ class Served:
                         first = first or time.monotonic()
                         pieces.append(event.choices[0].delta.content)
                         write(pieces[-1])
+                    finish_reason = (event.choices[0].finish_reason if event.choices else None) or finish_reason
                     tokens = event.usage.completion_tokens if event.usage else tokens
+            if finish_reason not in WHOLE:
+                ended = "before its end" if finish_reason is None else f"with the finish_reason {finish_reason}"
+                raise ChatError(f"the reply broke off {ended}; it does not count, say it again")
         except KeyboardInterrupt:
             pass  # the person has read enough; leaving the block tells the server
         except openai.OpenAIError as error:
@@ -190,10 +202,10 @@ def _told(error: Exception) -> str:
 
 
 class Loaded:
-    """A conversation with a model in this process: the session of `relseek steer` with the vector added λ times."""
+    """A conversation with a model in this process: the session of `relseek steer` with the vector added λ times, within its study's range."""
 
-    def __init__(self, session: steer.Session) -> None:
-        self.session = session
+    def __init__(self, session: steer.Session, dose_limit: float = math.inf) -> None:
+        self.session, self.dose_limit = session, dose_limit
         self.multiplier = session.strengths.scale or 0.0
 
     @property
@@ -209,10 +221,21 @@ class Loaded:
         return [{"multiplier": turn["scale"], **{name: turn[name] for name in turn if name not in steer.STRENGTHS}} for turn in self.session.turns]
 
     def say(self, text: str, multiplier: float, write: Callable[[str], None]) -> None:
+        check_dose(multiplier, self.dose_limit)
         self.session.say(text, multiplier, write)
 
     def reset(self) -> None:
         self.session.reset()
+
+
+def check_dose(multiplier: float, limit: float) -> None:
+    """Refuse a dose that a server of the study would refuse.
+
+    Raises:
+        CommandError: it is beyond the study's `dose_limit`.
+    """
+    if abs(multiplier) > limit:
+        raise CommandError(f"λ {multiplier:g} is outside the declared range {-limit:g} to {limit:g}; the study's dose_limit declares it")
 
 
 # --- the terminal -------------------------------------------------------------------------------------------------------
@@ -253,8 +276,8 @@ def figures(turn: dict[str, Any]) -> str:
 @click.command()
 @click.argument("where", metavar="STUDY|URL")
 @click.option("--multiplier", "-m", type=float, default=0.0, show_default=True, help="λ of messages that name none.")
-@click.option("--site", help="With STUDY: its model and block, e.g. smollm2-135m:L12.")
-@click.option("--epoch", type=int, help="With STUDY: the vector's epoch. Default: the last one stored.")
+@click.option("--site", help="With STUDY: its model and block, e.g. smollm2-135m:L12. Default: what STUDY selected, as `relseek serve` has it.")
+@click.option("--epoch", type=int, help="With STUDY: the vector's epoch. Default: what STUDY selected, or the site's last one.")
 @click.option("--vector", metavar="NAME", help="With URL: one of the server's vectors. Default: the server's own default.")
 @click.option("--model", metavar="NAME", help="With URL: one of the server's models. Default: its first.")
 @click.option("--key", envvar="RELSEEK_KEY", help="With URL: the server's key. Default: RELSEEK_KEY.")
@@ -311,7 +334,12 @@ def chat(
 def _loaded(study: str, site: str | None, epoch: int | None, multiplier: float, sampling: Sampling, seed: int, system: str) -> Loaded:
     from relseek_resources import models
 
-    chosen = steer.of_study(load_study(study), site, epoch, None, "response_mean")
+    found = load_study(study)
+    try:
+        check_dose(multiplier, found.dose_limit)
+    except CommandError as error:
+        raise click.BadParameter(str(error), param_hint="--multiplier") from error
+    chosen = vector_of(found, site, epoch)
     click.echo(f"{chosen.title}: loading {chosen.model.source} ...", err=True)
     model = models.load(chosen.model.source, dtype=chosen.model.dtype, device=chosen.model.device)
     strengths = steer.Strengths(scale=multiplier)
@@ -319,4 +347,17 @@ def _loaded(study: str, site: str | None, epoch: int | None, multiplier: float, 
     with model.intervene(session.interventions(strengths)):
         pass  # a vector that does not fit the model is refused before anything is said
     click.echo(f"λ {multiplier:g}\n{HELP}", err=True)
-    return Loaded(session)
+    return Loaded(session, found.dose_limit)
+
+
+def vector_of(study: Study, site: str | None, epoch: int | None) -> steer.Chosen:
+    """The vector with which `relseek serve` begins its list.
+
+    Raises:
+        StudyError: nothing is stored, or nothing is selected and none is named.
+    """
+    from relseek_assets.serve import wanted_of
+
+    if not study.contrastive:
+        site, epoch = wanted_of(study, site, epoch)
+    return steer.of_study(study, site, epoch, None, "response_mean")

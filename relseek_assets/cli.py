@@ -97,19 +97,28 @@ def run(study: str, select: tuple[str, ...], dry_run: bool) -> None:
     if not tasks:
         waiting = _say_waiting(workspace, select)
         click.echo(f"{workspace.study.name}: {'nothing else to compute' if waiting else 'everything is fresh, nothing to compute'}")
+        _say_checks(workspace)
         _say_report(workspace)
         return
     _print_plan(tasks)
     if dry_run:
         return
-    computed = more = workspace.run(select, click.echo)
-    while more and workspace.study.judges and workspace.plan(select):
-        click.echo("answers came while this ran: going on with what follows from them")
-        more = workspace.run(select, click.echo)
-        computed += more
+    try:
+        computed = more = workspace.run(select, click.echo)
+        while more and workspace.study.judges and workspace.plan(select):
+            click.echo("answers came while this ran: going on with what follows from them")
+            more = workspace.run(select, click.echo)
+            computed += more
+    finally:
+        _say_checks(workspace)
     click.echo(f"{workspace.study.name}: {computed} partition{'' if computed == 1 else 's'} computed")
     _say_waiting(workspace, select)
     _say_report(workspace)
+
+
+def _say_checks(workspace: Workspace) -> None:
+    for line in workspace.failed_checks():
+        click.echo(line)
 
 
 def _say_waiting(workspace: Workspace, select: Sequence[str]) -> bool:
@@ -129,6 +138,12 @@ def _say_waiting(workspace: Workspace, select: Sequence[str]) -> bool:
 
 def _reports(workspace: Workspace) -> list[str]:
     return [name for name in ("report", "trial_report") if name in workspace.catalogue]
+
+
+def _reported() -> list[str]:
+    """The studies that ship with relseek and have a report."""
+    found = map(load_study, study_names())
+    return [study.name for study in found if study.steered or study.contrastive or study.trial is not None]
 
 
 def _say_report(workspace: Workspace) -> None:
@@ -167,7 +182,7 @@ def _usd(usd: float | None) -> str:
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @_explained
 def status(study: str, partitions: bool, form: str) -> None:
-    """Say what is missing, stale, waiting, fresh, imported or absent in STUDY, by asset and partition.
+    """Say what is missing, stale, waiting, fresh, imported or absent in STUDY, by asset and partition, and which asset checks failed.
 
     Waiting is what a judge asked by Batch has not answered yet, and what is made from its answers; `relseek run` and the sensor collect it.
     Absent is what would be made from published files that are not here, or from another study that has not been run; no run asks for it.
@@ -193,6 +208,7 @@ def status(study: str, partitions: bool, form: str) -> None:
         if partitions:
             for partition, state in mine.items():
                 click.echo(f"    {partition or 'all':32} {state.status:9} {state.reason}")
+    _say_checks(workspace)
 
 
 @main.command()
@@ -228,12 +244,15 @@ def table(study: str, asset: str, wanted: tuple[str, ...], form: str, output: Pa
 def report(study: str, output: Path | None) -> None:
     """Bring STUDY's report up to date and say where it is: one self-contained HTML page."""
     workspace = _workspace(study)
-    workspace.observe()
     names = _reports(workspace)
+    if not names:
+        raise click.UsageError(f"study {workspace.study.name} has no report; of the studies that ship with relseek {', '.join(_reported())} have one")
+    workspace.observe()
     tasks = workspace.plan(names)
     if tasks:
         _print_plan(tasks)
         workspace.run(names, click.echo)
+    _say_checks(workspace)
     for name in names:
         path = workspace.path(name, None)
         if output is not None:
@@ -412,11 +431,20 @@ def _computed(workspace: Workspace, names: list[str], compute: bool, quiet: bool
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @_explained
 def diff(study_a: str, study_b: str, store_b: Path | None, form: str) -> None:
-    """Say what differs between two studies, or between one study in two stores: settings, versions, estimates with intervals."""
+    """Say what differs between two studies, or between one study in two stores: settings, versions, estimates with intervals.
+
+    Estimates are the dose-response, coherence AUC and slopes of the selection, the quality of the judge, and a trial's contrasts.
+    """
     from relseek_assets.exchange import difference, difference_text
 
-    found = difference(_workspace(study_a), _workspace_in(study_b, store_b))
-    click.echo(json.dumps(found, indent=1) if form == "json" else difference_text(found))
+    a, b = _workspace(study_a), _workspace_in(study_b, store_b)
+    found = difference(a, b)
+    if form == "json":
+        click.echo(json.dumps(found, indent=1))
+        return
+    for label, workspace in (("A", a), ("B", b)):
+        click.echo(f"{label}: {workspace.study.name} in {workspace.store.folder(workspace.study.name)}")
+    click.echo(difference_text(found))
 
 
 def _workspace_in(study: str, home: Path | None) -> Workspace:
@@ -460,7 +488,10 @@ def import_vector(study: str, file: Path, site: str, epoch: int, note: str) -> N
 @click.option("--note", default="", help="Where they come from, for the record.")
 @_explained
 def import_generations(study: str, file: Path, note: str) -> None:
-    """FILE is JSON Lines with site, epoch, multiplier, item and reply; `prompt` (messages) where the item is not one of the study's."""
+    """FILE is JSON Lines with site, epoch, multiplier, item (any held-out conversation of the study's) and reply.
+
+    A row may say more: `prompt` (messages) where it was not the study's own for the item; token_ids, tokens, seed, finished, mean_log_prob.
+    """
     from relseek_assets.exchange import import_generations as bring
 
     click.echo(bring(_workspace(study), file, note))
@@ -472,7 +503,10 @@ def import_generations(study: str, file: Path, note: str) -> None:
 @click.option("--note", default="", help="Where they come from, for the record.")
 @_explained
 def import_scores(study: str, file: Path, note: str) -> None:
-    """FILE is a CSV with the columns site, epoch, multiplier, item, rubric, judge, score; status and cost_usd if there are any."""
+    """FILE is a CSV with the columns site, epoch, multiplier, item, rubric, judge, score; status, attempt and cost_usd if there are any.
+
+    Items are those of the partition's generations. A row with neither score nor status says `empty_reply` where the reply is empty, else `missing`.
+    """
     from relseek_assets.exchange import import_scores as bring
 
     click.echo(bring(_workspace(study), file, note))
@@ -494,7 +528,7 @@ main.add_command(arms)
 def ui(names: tuple[str, ...], port: int, host: str) -> None:
     """Open the Dagster UI, its daemon running, on the studies that ship with relseek and on any STUDY named besides (a .toml path)."""
     from relseek_assets.exchange import write_locations
-    from relseek_assets.stage import dagster_home
+    from relseek_resources.stored_vectors import dagster_home
 
     home = dagster_home()
     locations = write_locations(home, [*study_names(), *names])

@@ -50,7 +50,7 @@ def workspace_of(study: Study | str) -> Workspace:
     from dagster import DagsterInstance
 
     from relseek_assets.planning import Workspace
-    from relseek_assets.stage import dagster_home
+    from relseek_resources.stored_vectors import dagster_home
 
     os.environ["DAGSTER_HOME"] = str(dagster_home())
     return Workspace(load_study(study) if isinstance(study, str) else study, DagsterInstance.get())

@@ -23,6 +23,7 @@ from relseek_assets.steer import Loaded, of_study
 from relseek_assets.study import Study, StudyError, load_study, site_key
 from relseek_resources.models.loading import DTYPES, EMBEDDED, ModelError, converted
 from relseek_resources.storage import file_sha256, read_table, write_bytes, write_text
+from relseek_resources.stored_vectors import epochs_of
 
 if TYPE_CHECKING:
     from relseek_resources.compute import ModelSettings
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 DOSE_LIMIT = 20.0  # of vectors that no study declares a range for
 HASHES = "SHA256SUMS"
 EMBEDDED_ENGINE = "embedded"
+ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -70,17 +72,17 @@ def file_name(name: str) -> str:
 
 
 def candidates(study: Study) -> dict[tuple[str, int], Path]:
-    """The files of a study's stored vectors by site and epoch, in the order of its sites."""
-    from relseek_assets.stage import store_folder
+    """The files of a study's stored vectors by site and epoch, in the order of its sites, derived ones behind them."""
+    from relseek_resources.stored_vectors import store_folder
 
-    folder = store_folder() / study.name / "steering_vectors"
-    return {(site, int(file.stem[1:])): file for site in study.sites for file in sorted((folder / site).glob("e[0-9]*.safetensors"))}
+    folder, derived = store_folder() / study.name, study.derived_sites
+    return {(site, epoch): file for site in (*study.sites, *derived) for epoch, file in epochs_of(folder, site, derived).items()}
 
 
 def selected(study: Study) -> tuple[str, int] | None:
     """The site and epoch that the study selected, None where it has not."""
     from relseek_assets.selection.metrics import SELECTION
-    from relseek_assets.stage import store_folder
+    from relseek_resources.stored_vectors import store_folder
 
     file = store_folder() / study.name / "selection" / "all.parquet"
     if not file.is_file():
@@ -90,8 +92,8 @@ def selected(study: Study) -> tuple[str, int] | None:
     return (str(chosen["site"].iloc[0]), int(chosen["epoch"].iloc[0])) if len(chosen) else None
 
 
-def of_a_study(study: Study, site: str | None, epoch: int | None, every: bool) -> list[Vector]:
-    """The vector that a study selected, or the one named, first; with `every`, all others of its model behind it.
+def wanted_of(study: Study, site: str | None, epoch: int | None) -> tuple[str, int]:
+    """Site and epoch of the stored vector that a study selected, or of the one named.
 
     Raises:
         StudyError: nothing is stored, or nothing is selected and none is named.
@@ -101,9 +103,24 @@ def of_a_study(study: Study, site: str | None, epoch: int | None, every: bool) -
     there = candidates(study)
     if not there:
         raise StudyError(f"study {study.name} has no stored vectors; `relseek run {study.name}` makes them")
-    wanted = _wanted(study, there, site, epoch)
+    return _wanted(study, there, site, epoch)
+
+
+def of_a_study(study: Study, site: str | None, epoch: int | None, every: bool) -> list[Vector]:
+    """The vector of `wanted_of` first; with `every`, all others of its model behind it.
+
+    Raises:
+        StudyError: as `wanted_of`.
+    """
+    wanted, there = wanted_of(study, site, epoch), candidates(study)
     first = (wanted, *(found for found in there if every and found != wanted and study.model_of(found[0]) == study.model_of(wanted[0])))
-    return [Vector(f"{at}@e{number:02d}", there[at, number], file_sha256(there[at, number]), f"{at}|e{number:02d}") for at, number in first]
+    return [_vector(study, at, number, there[at, number]) for at, number in first]
+
+
+def _vector(study: Study, site: str, epoch: int, file: Path) -> Vector:
+    """A stored vector; a derived one is no partition of the asset whose partitions `served_models` has."""
+    partition = None if site in study.derived_sites else f"{site}|e{epoch:02d}"
+    return Vector(f"{site}@e{epoch:02d}", file, file_sha256(file), partition)
 
 
 def _wanted(study: Study, there: Mapping[tuple[str, int], Path], site: str | None, epoch: int | None) -> tuple[str, int]:
@@ -124,7 +141,7 @@ def _wanted(study: Study, there: Mapping[tuple[str, int], Path], site: str | Non
     click.echo(f"{study.name} has selected no vector. Stored are:")
     for number, (at, step) in enumerate(fitting, 1):
         click.echo(f"  {number}  {at} epoch {step}")
-    return fitting[click.prompt("Serve which", type=click.IntRange(1, len(fitting)), default=1) - 1]
+    return fitting[click.prompt("Which one", type=click.IntRange(1, len(fitting)), default=1) - 1]
 
 
 def directions(study: Study, site: str | None, extraction: str, folder: Path) -> tuple[ModelSettings, list[Vector]]:
@@ -191,8 +208,8 @@ def address(settings: Settings) -> str:
     return f"http://{f'[{host}]' if ':' in host.strip('[]') and not host.startswith('[') else host}:{settings.port}"
 
 
-def described(served: Served, settings: Settings, engine: str) -> str:
-    """What is served and how to call it."""
+def described(served: Served, settings: Settings, engine: str, *, page: bool = True) -> str:
+    """What is served and how to call it; `page` says whether the chat page is there."""
     url = address(settings)
     first, key = served.vectors[0].name, "KEY" if settings.keys else "none"
     header = " -H 'authorization: Bearer KEY'" if settings.keys else ""
@@ -220,7 +237,7 @@ def described(served: Served, settings: Settings, engine: str) -> str:
             '  and in the task GenerateConfig(extra_body={"custom": {"steer_multiplier": 1.0}})',
             "",
             f"is it steering?  curl {url}/v1/relseek/health{header}",
-            f"chat page        {url}/",
+            *([f"chat page        {url}/"] if page else []),
             "Ctrl-C ends it.",
         ]
     )
@@ -241,9 +258,9 @@ def serve_embedded(served: Served, settings: Settings, rows: int, length: int, t
     model = models.load(served.model.source, dtype=served.model.dtype, device=served.model.device, progress=click.echo)
     engine = Engine(model, Configuration.from_json(served.configuration()), name=served.name, rows=rows, length=length)
     try:
-        routes = [*chat.routes(), *(engine_routes(engine, settings, *trial) if trial else ())]
+        routes = engine_routes(engine, settings, *trial) if trial else chat.routes()  # participants find no page whose sliders tell of doses
         app = create_app(engine, settings, routes)
-        click.echo(described(served, settings, EMBEDDED_ENGINE))
+        click.echo(described(served, settings, EMBEDDED_ENGINE, page=trial is None))
         witnessed(served, settings, EMBEDDED_ENGINE)
         run(app, settings)
     finally:
@@ -269,7 +286,8 @@ def vllm_command(served: Served, settings: Settings, length: int, more: Sequence
     source = str(converted(served.model.source)) if served.model.source.startswith(EMBEDDED) else served.model.source
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", source, "--served-model-name", served.name]
     command += ["--dtype", served.model.dtype, "--max-model-len", str(length), "--host", settings.host, "--port", str(settings.port)]
-    command += ["--additional-config", json.dumps({"relseek": served.configuration()})]
+    bounds = {"rate": settings.rate, "body": settings.body, "patience": settings.patience}
+    command += ["--additional-config", json.dumps({"relseek": {**served.configuration(), **bounds}})]
     environment = {"VLLM_PLUGINS": "relseek", "VLLM_USE_V2_MODEL_RUNNER": "0"}
     if settings.keys:
         [environment["VLLM_API_KEY"]] = settings.keys  # on the command line every user of the machine could read it
@@ -308,7 +326,7 @@ def gathered(
     Raises:
         StudyError: nothing to serve, or not clear what; see `of_a_study` and `of_files`.
     """
-    from relseek_assets.stage import dagster_home
+    from relseek_resources.stored_vectors import dagster_home
 
     files = of_files(given)
     if study is None:
@@ -347,10 +365,8 @@ def gathered(
 @click.option("--host", default="127.0.0.1", show_default=True, help="Elsewhere than on this machine a key is needed.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
 @click.option("--key", "keys", multiple=True, envvar="RELSEEK_KEYS", help="Clients must send one of these; may be repeated. Default: RELSEEK_KEYS.")
-@click.option(
-    "--rate", type=click.IntRange(min=0), default=600, show_default=True, help="Requests a minute for each key; 0 for no limit. Embedded engine."
-)
-@click.option("--rows", type=click.IntRange(min=1), default=32, show_default=True, help="Requests answered at once. Embedded engine.")
+@click.option("--rate", type=click.IntRange(min=0), default=600, show_default=True, help="Requests a minute for each key; 0 for no limit.")
+@click.option("--rows", type=click.IntRange(min=1), show_default=str(ROWS), help="Requests answered at once. Embedded engine.")
 @click.option("--context", type=click.IntRange(min=16), default=2048, show_default=True, help="Tokens of prompt and reply together at most.")
 @click.option("--arms", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Run the trial of this file; see `relseek arms`.")
 @click.option("--conversations", type=click.Path(dir_okay=False, path_type=Path), default="conversations.jsonl", show_default=True, help="Its log.")
@@ -371,7 +387,7 @@ def serve(
     port: int,
     keys: tuple[str, ...],
     rate: int,
-    rows: int,
+    rows: int | None,
     context: int,
     arms: Path | None,
     conversations: Path,
@@ -395,6 +411,8 @@ def serve(
         raise click.UsageError(f"{' '.join(more)}: only --engine vllm takes further options")
     if engine == "vllm" and arms is not None:
         raise click.UsageError("--arms goes with the embedded engine; `relseek arms serve` stands before vLLM")
+    if engine == "vllm" and rows is not None:
+        raise click.UsageError(f"--rows goes with the embedded engine; vLLM decides that itself, or as told behind --: -- --max-num-seqs {rows}")
     if engine == "vllm" and len(keys) > 1:
         raise click.UsageError("vLLM takes several keys on its command line alone, where everybody on the machine can read them; give one")
     try:
@@ -403,6 +421,6 @@ def serve(
         if engine == "vllm":
             serve_vllm(served, settings, context, more)
         else:
-            serve_embedded(served, settings, rows, context, (arms, conversations) if arms else None)
+            serve_embedded(served, settings, rows or ROWS, context, (arms, conversations) if arms else None)
     except (ServingError, ArmsError) as error:
         raise click.ClickException(str(error)) from error

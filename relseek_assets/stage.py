@@ -4,7 +4,6 @@
 its own data version, as soon as it is finished, so that a killed run loses only what was in flight.
 """
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +27,8 @@ from relseek_assets.partitions import Partitions, cell_of
 from relseek_assets.study import Study
 from relseek_resources import storage
 from relseek_resources.compute import Launcher, ModelLoader
-from relseek_resources.storage import StorageError, TableSchema, content_version
+from relseek_resources.storage import TableSchema, content_version
+from relseek_resources.stored_vectors import store_folder
 
 TABLE, VECTORS, PAGE = "parquet", "safetensors", "html"
 STATUS = "status"  # metadata of a partition that holds nothing, and why
@@ -36,21 +36,6 @@ NOTHING: Any = dg.Nothing  # our results pass through files and not through Dags
 
 Waits = Callable[[Path], Mapping[str | None, str]]  # from the study's folder: partition -> what it waits for
 Bills = Callable[[Path, Sequence[str | None]], Bill]  # from the study's folder and partitions
-
-
-def store_folder() -> Path:
-    """Where asset files go: RELSEEK_STORE, or `store` in the Dagster home."""
-    configured = os.environ.get("RELSEEK_STORE")
-    return Path(configured) if configured else dagster_home() / "store"
-
-
-def dagster_home() -> Path:
-    """DAGSTER_HOME, or the `dagster_home` folder of the checkout that this package runs from."""
-    configured = os.environ.get("DAGSTER_HOME")
-    home = Path(configured) if configured else Path(__file__).parent.parent / "dagster_home"
-    if not (home / "dagster.yaml").is_file():
-        raise StorageError(f"{home}: no dagster.yaml there; set DAGSTER_HOME to a folder that holds one (the repository has dagster_home/)")
-    return home.resolve()
 
 
 class Store(dg.ConfigurableResource):

@@ -317,7 +317,7 @@ def _best_layer(study: Study, model: str, extraction: str) -> int:
 
 
 def _stored(study: Study) -> Path:
-    from relseek_assets.stage import store_folder
+    from relseek_resources.stored_vectors import store_folder
 
     return store_folder() / study.name
 

@@ -16,18 +16,25 @@ TRAINED, DERIVED, DIRECTIONS = "steering_vectors", "derived_vectors", "direction
 CHECKOUT = Path(__file__).parents[1]
 
 
-def store_folder() -> Path:
-    """The store of every command: RELSEEK_STORE, or `store` in the Dagster home, which is DAGSTER_HOME or `dagster_home` of the checkout.
+def dagster_home() -> Path:
+    """DAGSTER_HOME, or the `dagster_home` folder of the checkout that this package runs from.
 
     Raises:
         StorageError: a home without dagster.yaml.
     """
-    if os.environ.get("RELSEEK_STORE"):
-        return Path(os.environ["RELSEEK_STORE"])
     home = Path(os.environ.get("DAGSTER_HOME") or CHECKOUT / "dagster_home")
     if not (home / "dagster.yaml").is_file():
-        raise StorageError(f"{home}: no dagster.yaml there; set RELSEEK_STORE to the store, or DAGSTER_HOME to a folder that holds one")
-    return home.resolve() / "store"
+        raise StorageError(
+            f"{home}: no dagster.yaml there; set DAGSTER_HOME to a folder that holds one, as dagster_home/ of the repository, or RELSEEK_STORE to "
+            "the store"
+        )
+    return home.resolve()
+
+
+def store_folder() -> Path:
+    """Where asset files go: RELSEEK_STORE, or `store` in the Dagster home."""
+    configured = os.environ.get("RELSEEK_STORE")
+    return Path(configured) if configured else dagster_home() / "store"
 
 
 def study_folder(study: str | Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -78,7 +77,7 @@ def trained_here(work: Work, settings: Model, sites: Sequence[str], pairs: pd.Da
             with work.progress(total, "pair", f"BiPO {site}") as report:
                 run = bipo.train(model, layer, training, heldout, schedule, seed=study.seed, scratch=scratch, report=report)
             yield site, Result(run, len(training.names), training.too_long), {}
-    shutil.rmtree(folder, ignore_errors=True)
+            scratch.remove(layer)
 
 
 def trained_by_launcher(work: Work, settings: Model, sites: Sequence[str], pairs: pd.DataFrame) -> Trained:
@@ -107,7 +106,7 @@ def trained_by_launcher(work: Work, settings: Model, sites: Sequence[str], pairs
     reported = work.resources.launcher.run(work.context, launched.MODULE, request.path, study.compute.processes)
     for site, layer in zip(sites, layers, strict=True):
         yield site, launched.read_result(request.result(layer)), reported
-    shutil.rmtree(folder, ignore_errors=True)
+        request.remove(layer)
 
 
 def build(stage: Stage) -> None:
@@ -124,6 +123,7 @@ def build(stage: Stage) -> None:
 
 def _trained(stage: Stage) -> None:
     study, partitions = stage.study, stage.partitions
+    models = [model.model_dump(exclude={"layers", "epochs_evaluated"}) for model in study.models]  # a further layer makes nothing of the others stale
 
     @stage.asset(
         group=GROUP,
@@ -132,7 +132,7 @@ def _trained(stage: Stage) -> None:
         "Sites of one model in the same run share the pass below the steered blocks.",
         partitions=partitions.site,
         deps={"preference_pairs": None, "base_models": None},
-        settings=[study.pairs.model_dump(), study.training.model_dump(), study.seed, study.prompts.system, [m.model_dump() for m in study.models]],
+        settings=[study.pairs.model_dump(), study.training.model_dump(), study.seed, study.prompts.system, models],
         form=VECTORS,
         kinds=("pytorch",),
         pool="gpu",

@@ -146,7 +146,7 @@ def train(
     vector = torch.zeros(model.width, device=model.device, requires_grad=True)
     run = _Run(vector, torch.optim.AdamW([vector], lr=schedule.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=schedule.weight_decay))
     made_of = [scratch.version if scratch else "", str(model.dtype), training.names, heldout.names, layer, asdict(schedule), seed]
-    path, version = (scratch.folder / f"L{layer:02d}.checkpoint.safetensors" if scratch else None), content_version(made_of)
+    path, version = (scratch.checkpoint(layer) if scratch else None), content_version(made_of)
     if path is not None:
         run.restore(path, version)
     batches = [epoch_batches(training.names, training.lengths, epoch, schedule.batch_size, seed) for epoch in range(1, schedule.epochs + 1)]

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,8 @@ TRAINING, HELDOUT, REQUEST = "training.jsonl", "heldout.jsonl", "request.json"
 
 @dataclass(frozen=True)
 class Request:
-    """What to train, all in `folder`: the pairs lie there as JSON Lines, results and checkpoints are written there.
+    """What to train. In `folder` each layer has its checkpoint and its result; the request itself, its pairs as JSON Lines, the references and the
+    logs lie in `own`, a folder within, so that launches of other layers of the model share `folder`.
 
     `training_count` and `heldout_count` take the first so many pairs that fit `max_tokens`, 0 all; a process takes `pairs_at_once` through the model
     together, 0 its whole share of a batch; `checkpoint_seconds` lie between two checkpoints.
@@ -56,13 +58,20 @@ class Request:
     checkpoint_seconds: float = 30.0
 
     @property
+    def own(self) -> Path:
+        return Path(self.folder) / f"request.{content_version(sorted(self.layers))}"
+
+    @property
     def path(self) -> Path:
-        return Path(self.folder) / REQUEST
+        return self.own / REQUEST
 
     def write(self, training: Sequence[Pair], heldout: Sequence[Pair]) -> None:
-        """Write the pairs and this request into the folder."""
+        """Write the pairs and this request, in place of what killed launches of any of these layers in other company left."""
+        for other in Path(self.folder).glob(f"request.*/{REQUEST}"):
+            if other != self.path and set(json.loads(other.read_text(encoding="utf-8"))["layers"]) & set(self.layers):
+                shutil.rmtree(other.parent)
         for name, pairs in ((TRAINING, training), (HELDOUT, heldout)):
-            write_text(Path(self.folder) / name, "".join(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in pairs))
+            write_text(self.own / name, "".join(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in pairs))
         write_text(self.path, json.dumps(asdict(self), indent=1))
 
     @classmethod
@@ -72,6 +81,19 @@ class Request:
 
     def result(self, layer: int) -> Path:
         return Path(self.folder) / f"L{layer:02d}.safetensors"
+
+    def training(self, layer: int) -> Path:
+        """The folder of a layer's checkpoint and of each epoch's vector."""
+        return Path(self.folder) / f"L{layer:02d}"
+
+    def remove(self, layer: int) -> None:
+        """Remove a layer's files; with those of the last, the request and whatever folder is empty then."""
+        self.result(layer).unlink(missing_ok=True)
+        shutil.rmtree(self.training(layer), ignore_errors=True)
+        if not any(self.result(other).exists() for other in self.layers):
+            shutil.rmtree(self.own, ignore_errors=True)
+        with suppress(OSError):
+            Path(self.folder).rmdir()
 
 
 @dataclass(frozen=True)
@@ -168,7 +190,6 @@ def train_layer(request: Request, layer: int, model: SteeredModel, training: Tok
             shown = ", ".join(f"{name} {plus:.4g} and {minus:.4g}" for name, (plus, minus) in pairs.items())
             tell.log(f"layer {layer}, epoch {round(state.epoch)}, held out at d = +1 and -1: {shown}")
 
-    folder = Path(request.folder)
     pairs, held = len(training.names), len(heldout.names)
     total = pairs + held + request.schedule.epochs * (pairs + 2 * held)  # the reference pass, then training and evaluation at both signs
     with closing(
@@ -179,8 +200,8 @@ def train_layer(request: Request, layer: int, model: SteeredModel, training: Tok
             heldout,
             request.schedule,
             seed=request.seed,
-            folder=folder / f"L{layer:02d}",
-            shared=folder,
+            folder=request.training(layer),
+            shared=request.own,
             version=content_version([fingerprint(request.source), request.dtype]),
             at_once=request.pairs_at_once,
             checkpoint_activations=request.checkpoint_activations,
@@ -194,7 +215,7 @@ def train_layer(request: Request, layer: int, model: SteeredModel, training: Tok
 
 
 def _pairs(request: Request, name: str) -> Iterator[Pair]:
-    return (Pair(**row) for _, row in read_jsonl(Path(request.folder) / name))
+    return (Pair(**row) for _, row in read_jsonl(request.own / name))
 
 
 # --- what Dagster and the terminal are told ---------------------------------------------------------------------------

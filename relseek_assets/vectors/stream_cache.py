@@ -27,11 +27,24 @@ TOKENS_AT_ONCE = 2048  # of one pass: enough for full speed, little enough memor
 
 @dataclass(frozen=True)
 class Scratch:
-    """Where a run keeps what it can go on from after a kill: `version` says what it was made from, `budget` the bytes that streams may take."""
+    """Where a run keeps what it can go on from after a kill: `version` says what it was made from, `budget` the bytes that streams may take.
+
+    Every file is one layer's, so that layers which are trained in runs of their own share the folder.
+    """
 
     folder: Path
     version: str
     budget: int
+
+    def checkpoint(self, layer: int) -> Path:
+        return self.folder / f"L{layer:02d}.checkpoint.safetensors"
+
+    def remove(self, layer: int) -> None:
+        """Remove the layer's files, and the folder once it is empty."""
+        for path in (*self.folder.glob(f"L{layer:02d}.*"), *self.folder.glob(f"*.L{layer:02d}.*")):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
 
 @dataclass
@@ -104,8 +117,8 @@ def cache_pairs(
     """Run the first `count` pairs (0: all) that fit `max_tokens` once through the model without v, for all `layers` in one pass.
 
     Args:
-        scratch: where streams go, a file a layer, beside the references; without it they stay in memory, all of them. Files of the same `name` that
-            were made from something else are removed.
+        scratch: where streams and references go, of each layer a file; without it they stay in memory, all of them. Files of the same `name` that
+            were made from something else are removed, and so are streams of these layers that take more than the budget.
 
     Raises:
         ValueError: as `token_pairs`.
@@ -128,16 +141,18 @@ def cached(
     _check_packing(model, tokens)
     sizes = [len(prompt) + sum(map(len, both)) for prompt, both in zip(tokens.prompts, tokens.replies, strict=True)]
     version = content_version([scratch.version if scratch else "", tokens.prompts, tokens.replies, str(model.dtype)])
-    files = None if scratch is None else _Files(scratch.folder, name, version)
-    known = None if files is None else files.known(layers, model.width * model.dtype.itemsize)
+    files = None if scratch is None else _Files(scratch.folder, name, version, scratch.budget // (model.width * model.dtype.itemsize))
     if files is not None:
-        files.remove_others()
-    most = None if scratch is None else scratch.budget // (model.width * model.dtype.itemsize * len(set(layers)))
-    ends = _kept_ends(sizes, most) if known is None else known[1]
+        known = files.known(layers, model.width * model.dtype.itemsize)
+        files.remove_others(() if known else layers)
+        if known:
+            report(len(sizes))
+            reference, kept = known
+            return CachedPairs(
+                tokens, {layer: Streams(_values(model, ends[-1], files.stream(layer)), ends) for layer, ends in kept.items()}, reference
+            )
+    ends = _kept_ends(sizes, None if files is None else files.most // len(set(layers)))
     streams = {layer: Streams(_values(model, ends[-1], None if files is None else files.stream(layer)), ends) for layer in layers}
-    if known is not None:
-        report(len(sizes))
-        return CachedPairs(tokens, streams, known[0])
     pairs = CachedPairs(tokens, streams, torch.empty(len(sizes), 2))
     for rows in _passes(sizes):
         _compute(model, pairs, rows)
@@ -148,7 +163,10 @@ def cached(
 
 
 def _check_packing(model: SteeredModel, tokens: TokenPairs) -> None:
-    """Refuse families that mix tokens elsewhere than in the attention that transformers hands over, by state spaces or convolutions say."""
+    """Refuse families that mix tokens elsewhere than in the attention that transformers hands over, by state spaces or convolutions say.
+
+    Whole rows and rows taken up after block 0, as training takes them up, must both give the log-probabilities of rows of their own.
+    """
     rows = range(min(2, len(tokens.names)))
     prompts, replies = [tokens.prompts[pair] for pair in rows], [tokens.replies[pair] for pair in rows]
     alone = model.score_tokens([prompt for prompt in prompts for _ in (0, 1)], [reply for both in replies for reply in both])
@@ -156,8 +174,13 @@ def _check_packing(model: SteeredModel, tokens: TokenPairs) -> None:
     packed = model.pack(prompts, replies)
     try:
         with torch.inference_mode():
-            apart = (model.packed_log_probs(model.hidden(packed), packed).cpu() - expected).abs().mean().item()
-    except (TypeError, AttributeError) as error:
+            streams, hidden = model.run_to(packed, [0], to_end=True)
+            assert hidden is not None
+            found = torch.stack([model.packed_log_probs(hidden, packed), model.packed_log_probs_from(packed, 0, streams[0])])
+        apart = (found.cpu() - expected).abs().mean(1).max().item()
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise ModelError(f"{type(model.model).__name__}: its blocks do not run on packed rows ({error}); train a model of another family") from error
     if apart > (1e-3 if model.dtype == torch.float32 else 0.1):
         raise ModelError(
@@ -191,40 +214,48 @@ def _values(model: SteeredModel, tokens: int, path: Path | None) -> torch.Tensor
 
 @dataclass(frozen=True)
 class _Files:
-    """The files of one pass. Their names carry what they were made from, so that no other pass writes into them."""
+    """The files of one pass, two a layer; the streams hold `most` tokens in all. Names carry what they were made from, so that no other pass writes
+    into them."""
 
     folder: Path
     name: str
     version: str
+    most: int
 
     def stream(self, layer: int) -> Path:
         return self.folder / f"{self.name}.{self.version}.L{layer:02d}.stream"
 
-    @property
-    def reference(self) -> Path:
-        return self.folder / f"{self.name}.{self.version}.reference.safetensors"
+    def reference(self, layer: int) -> Path:
+        return self.folder / f"{self.name}.{self.version}.L{layer:02d}.reference.safetensors"
 
-    def known(self, layers: Sequence[int], bytes_a_token: int) -> tuple[torch.Tensor, list[int]] | None:
-        """References and ends of an earlier pass over the same pairs, where all of its streams are there."""
-        try:
-            arrays, header = read_tensors(self.reference)
-        except StorageError:
+    def known(self, layers: Sequence[int], bytes_a_token: int) -> tuple[torch.Tensor, dict[int, list[int]]] | None:
+        """References and each layer's ends of earlier passes over the same pairs, where the streams of all layers are there and are not too many."""
+        kept: dict[int, list[int]] = {}
+        for layer in layers:
+            try:
+                arrays, header = read_tensors(self.reference(layer))
+            except StorageError:
+                return None
+            kept[layer] = json.loads(header["ends"])
+            if _size(self.stream(layer)) < kept[layer][-1] * bytes_a_token:
+                return None
+        if sum(ends[-1] for ends in kept.values()) > self.most:
             return None
-        ends = json.loads(header["ends"])
-        there = [layer in json.loads(header["layers"]) and _size(self.stream(layer)) >= ends[-1] * bytes_a_token for layer in layers]
-        return (torch.from_numpy(arrays["reference"].copy()), ends) if all(there) else None
+        return torch.from_numpy(arrays["reference"].copy()), kept
 
     def finish(self, reference: torch.Tensor, layers: Sequence[int], ends: Sequence[int]) -> None:
         """Write the references, once the streams are on the disk: that they are there says that the streams are complete."""
         for layer in layers if ends[-1] else ():
             with self.stream(layer).open("rb") as file:
                 os.fsync(file.fileno())
-        write_tensors(self.reference, {"reference": reference.numpy()}, {"layers": json.dumps(sorted(set(layers))), "ends": json.dumps(list(ends))})
+        for layer in layers:
+            write_tensors(self.reference(layer), {"reference": reference.numpy()}, {"ends": json.dumps(list(ends))})
 
-    def remove_others(self) -> None:
-        """Remove what a killed run over other pairs left; a run that still maps such a file keeps what it maps."""
+    def remove_others(self, layers: Sequence[int]) -> None:
+        """Remove what killed runs over other pairs left, and what is left of `layers`; a run that still maps such a file keeps what it maps."""
+        again = {path.name for layer in layers for path in (self.reference(layer), self.stream(layer))}
         for path in self.folder.glob(f"{self.name}.*"):
-            if not path.name.startswith(f"{self.name}.{self.version}."):
+            if path.name in again or not path.name.startswith(f"{self.name}.{self.version}."):
                 path.unlink(missing_ok=True)
 
 

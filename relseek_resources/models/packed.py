@@ -198,14 +198,22 @@ def mlp_at(block: nn.Module, places: torch.Tensor) -> Iterator[None]:
 
 
 class _At(nn.Module):
+    """`inner` at some tokens of the stream, (tokens, width) or (1, tokens, width), and of whatever else it is given one a token."""
+
     def __init__(self, inner: nn.Module, places: torch.Tensor) -> None:
         super().__init__()
         self.inner, self.places = inner, places
 
-    def forward(self, stream: torch.Tensor) -> Any:
-        output = self.inner(stream[:, self.places])
+    def forward(self, stream: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        tokens = stream.dim() - 2
+
+        def at_places(value: Any) -> Any:
+            a_token = isinstance(value, torch.Tensor) and value.shape[: tokens + 1] == stream.shape[:-1]
+            return value.index_select(tokens, self.places) if a_token else value
+
+        output = self.inner(at_places(stream), *map(at_places, arguments), **{name: at_places(value) for name, value in named.items()})
         found = architecture.stream_of(output)
-        return architecture.with_stream(output, found.new_zeros(stream.shape).index_copy(1, self.places, found))
+        return architecture.with_stream(output, found.new_zeros(stream.shape).index_copy(tokens, self.places, found))
 
 
 # --- log-probabilities ------------------------------------------------------------------------------------------------

@@ -96,6 +96,26 @@ class Chat:
         return [json.loads(line) for line in Path(download.value.path()).read_text().splitlines()]
 
 
+class Held:
+    """Requests to `where` that wait until they are let go."""
+
+    def __init__(self, page: Any, where: str) -> None:
+        self.waiting: list[Any] = []
+        self.open = False
+        page.route(where, self.take)
+
+    def take(self, route: Any) -> None:
+        if self.open:
+            route.continue_()
+        else:
+            self.waiting.append(route)
+
+    def let_go(self) -> None:
+        self.open = True
+        for route in self.waiting:
+            route.continue_()
+
+
 @pytest.fixture
 def chat(browser: Any, url: str, screenshots: Path, request: pytest.FixtureRequest) -> Iterator[Chat]:
     with window_on(browser, screenshots, request, url) as page:
@@ -111,6 +131,13 @@ def reference(model: Any, engine: Any, dose: float, *turns: str, name: str = "wa
     vector = engine.vectors.by_name[name]
     with model.intervene([Add(vector.at(vector.home[0]), vector.home[0], dose)]):
         return model.generate([messages], Sampling(temperature=0, max_new_tokens=24), seeds=[0])[0].text
+
+
+def streamed(text: str, ended: str | None, *more: Any) -> dict[str, Any]:
+    """A server's answer that streams `text`, says how it ended, and closes."""
+    deltas = [({"content": text}, None), ({}, ended)] if text else [({}, ended)]
+    events = [{"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]} for delta, reason in deltas]
+    return {"content_type": "text/event-stream", "body": "".join(f"data: {json.dumps(one)}\n\n" for one in (*events, *more))}
 
 
 def test_requests_say_which_content_which_blocks_and_which_conversation(browser, url, engine, model):
@@ -197,6 +224,43 @@ def test_each_replys_projection_is_the_models_own_as_it_was_steered(chat, model,
         assert turn["projection_layer"] == 1
 
 
+def test_a_projection_that_comes_late_takes_nothing_out_of_the_hand(chat):
+    """An edit that is half written and a dose that is being moved outlive it; figures and drift are there all the same."""
+    measured = Held(chat.page, "**/v1/relseek/projection")
+    chat.say()
+    chat.say("And now?")
+    for place in (0, 1):
+        chat.panel(place).get_by_role("button", name="Edit").first.click()
+        chat.panel(place).get_by_label("Edit your message").fill(f"half written {place}")
+    slider = chat.panel(2).locator(".slider")
+    box = slider.bounding_box()
+    chat.page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + box["height"] / 2)  # where λ = 1 is
+    chat.page.mouse.down()
+    assert chat.page.locator(".figures", has_text="projection").count() == 0 and len(measured.waiting) == 1
+    measured.let_go()
+    chat.expect(chat.page.locator(".figures", has_text="projection")).to_have_count(6)
+    chat.expect(chat.page.locator(".drift")).to_have_count(3)
+    assert [chat.panel(place).get_by_label("Edit your message").input_value() for place in (0, 1)] == ["half written 0", "half written 1"]
+    chat.page.mouse.move(box["x"] + box["width"] - 2, box["y"] + box["height"] / 2)
+    chat.page.mouse.up()
+    assert slider.get_attribute("aria-valuetext") == "λ +2.00"
+
+
+def test_a_reply_that_ends_leaves_the_dose_in_the_hand(chat):
+    replies = Held(chat.page, "**/v1/chat/completions")
+    chat.say(wait=False)
+    chat.expect(chat.page.locator(".going")).to_have_count(3)
+    slider = chat.panel(2).locator(".slider")
+    box = slider.bounding_box()
+    chat.page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + box["height"] / 2)
+    chat.page.mouse.down()
+    replies.let_go()
+    chat.rest()
+    chat.page.mouse.move(box["x"] + 2, box["y"] + box["height"] / 2)
+    chat.page.mouse.up()
+    assert slider.get_attribute("aria-valuetext") == "λ −2.00"
+
+
 # --- going back ---------------------------------------------------------------------------------------------------------
 
 
@@ -251,7 +315,92 @@ def test_a_reply_can_be_stopped_and_counts_as_far_as_it_went(chat):
     assert all(turn["fault"] == "stopped" and len(turn["reply"]) > 0 for turn in chat.export())
 
 
+@pytest.mark.parametrize("ended", [None, "abort"])
+def test_a_reply_without_an_end_of_its_own_is_no_whole_one(chat, ended):
+    """The connection closes without `[DONE]`, as that of a router whose replica has gone."""
+    chat.page.route("**/v1/chat/completions", lambda route: route.fulfill(**streamed("Half a", ended)))
+    chat.say()
+    assert chat.texts(0)[1] == "Half a" and "the reply broke off" in chat.panel(0).locator(".fault").inner_text()
+    assert all("the reply broke off" in turn["fault"] and turn["finish_reason"] == ended for turn in chat.export())
+    assert chat.page.locator(".figures", has_text="projection").count() == 0
+
+
 # --- blind --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_fault_in_a_blind_comparison_tells_neither_vector_nor_dose_and_no_vote_follows_it(chat):
+    words = "vector 'warm' has the sha256 0123; the stream is not finite under this steering; use smaller doses"
+    error = {"error": {"message": words}}
+
+    def faulty(route: Any) -> None:
+        steered = "vllm_xargs" in route.request.post_data_json
+        route.fulfill(**streamed("", None, error)) if steered else route.continue_()
+
+    def told() -> str:
+        return chat.page.evaluate("document.body.innerText + document.getElementById('status').textContent")
+
+    chat.page.click("#blind")
+    chat.page.route("**/v1/chat/completions", faulty)
+    chat.page.route("**/v1/relseek/projection", lambda route: route.fulfill(status=400, json=error))
+    chat.say()
+    chat.expect(chat.page.locator("#notice-text")).to_have_text("A projection could not be measured.")
+    faults = chat.page.locator(".fault")
+    assert faults.count() == 2 and len(set(faults.all_inner_texts())) == 1 and "Regenerate it" in faults.first.inner_text()
+    assert not re.search("warm|sha256|finite|smaller", told())
+    assert chat.page.locator("#blindbar form").count() == 0
+
+    chat.page.unroute("**/v1/chat/completions")
+    chat.say("And now?")  # not before the replies are whole
+    assert [len(chat.texts(place)) for place in range(3)] == [2, 2, 2] and "regenerate it first" in chat.page.locator("#notice-text").inner_text()
+    for _ in range(2):
+        panel = chat.page.locator(".panel", has=chat.page.locator(".fault")).first
+        panel.get_by_role("button", name="Regenerate").click()
+        chat.rest()
+    chat.expect(chat.page.locator("#blindbar form")).to_be_visible()
+    chat.page.check("#blindbar input[value=A]")
+    chat.page.get_by_role("button", name="Vote and reveal").click()
+    assert all(len(one["turns"]) == 1 for one in chat.export()[-1]["candidates"])
+    chat.faults = [one for one in chat.faults if "400" not in one]  # the browser reports refused measurements itself
+
+
+def test_a_dose_that_ends_at_once_can_be_voted_on(chat):
+    def silent(route: Any) -> None:
+        steered = "vllm_xargs" in route.request.post_data_json
+        route.continue_() if steered else route.fulfill(**streamed("", "stop"))
+
+    chat.page.route("**/v1/chat/completions", silent)
+    chat.page.click("#blind")
+    chat.say()
+    assert chat.page.get_by_text("an empty reply", exact=True).locator("visible=true").count() == 1
+    chat.expect(chat.page.locator("#blindbar form")).to_be_visible()
+    chat.page.check("#blindbar input[value=tie]")
+    chat.page.get_by_role("button", name="Vote and reveal").click()
+    lines = chat.export()
+    assert [line["fault"] for line in lines[:3]] == [None] * 3 and lines[-1]["choice"] == "tie"
+    assert sorted(one["multiplier"] for one in lines[-1]["candidates"]) == [-1, 0, 1]
+
+
+def test_no_vote_is_taken_while_a_reply_is_being_written(chat):
+    """What is half filled in waits for it."""
+    chat.page.click("#blind")
+    chat.say()
+    chat.page.check("#blindbar input[value=B]")
+    chat.page.get_by_label("Why (optional)").fill("warmer")
+    replies = Held(chat.page, "**/v1/chat/completions")
+    chat.say("And now?", wait=False)
+    chat.expect(chat.page.locator(".going")).to_have_count(3)
+    button = chat.page.get_by_role("button", name="Vote and reveal")
+    assert button.is_disabled() and chat.page.locator(".wait").is_visible()
+    chat.page.evaluate("vote('B', '')")
+    assert chat.page.evaluate("state.votes.length") == 0 and chat.panel(0).locator("h2").inner_text() == "Panel A"
+    replies.let_go()
+    chat.rest()
+    chat.expect(button).to_be_enabled()
+    assert chat.page.locator(".wait").is_hidden()
+    button.click()
+    vote = chat.export()[-1]
+    assert (vote["choice"], vote["comment"], vote["prompts"]) == ("B", "warmer", [PROMPT, "And now?"])
+    assert all(len(one["turns"]) == 2 for one in vote["candidates"])
 
 
 def test_a_blind_vote_shows_no_dose_before_it_and_every_dose_after_it(chat):
@@ -410,6 +559,53 @@ def test_axe_finds_no_serious_fault(chat, scheme, screenshots):
 
 
 # --- servers that differ ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("route", "status"), [("vectors", 429), ("vectors", 503), ("projection", 503)])
+def test_a_passing_fault_changes_no_dose_and_can_be_tried_again(chat, route, status):
+    slider = chat.panel(2).locator(".slider")
+    slider.focus()
+    for _ in range(2):
+        chat.page.keyboard.press("ArrowRight")
+    chat.say()
+    said = [chat.texts(place) for place in range(3)]
+    where = f"**/v1/relseek/{route}"
+    chat.page.route(where, lambda asked: asked.fulfill(status=status, json={"error": {"message": "busy for now"}}))
+    chat.page.reload()
+    chat.expect(chat.page.locator("#notice-text")).to_contain_text("busy for now")
+    chat.say("Is anybody there?")
+    assert chat.page.locator("#add").is_disabled() and chat.page.input_value("#message") == "Is anybody there?"
+    kept = json.loads(chat.page.evaluate("sessionStorage.getItem('relseek-chat')"))["panels"]
+    assert [(panel["vector"], panel["multiplier"]) for panel in kept] == [("warm", -1), ("warm", 0), ("warm", 1.5)]
+    chat.page.unroute(where)
+    chat.page.get_by_role("button", name="Try again").click()
+    chat.expect(chat.page.locator(".panel")).to_have_count(3)
+    assert chat.page.locator("#notice").is_hidden() and chat.page.locator("#measure").is_enabled()
+    assert slider.get_attribute("aria-valuetext") == "λ +1.50" and [chat.texts(place) for place in range(3)] == said
+    chat.faults = [one for one in chat.faults if str(status) not in one]  # the browser reports the refusal itself
+
+
+def test_a_slider_reaches_zero_whatever_the_servers_limit(chat):
+    """A limit of 1.6 is no whole number of steps: the slider ends at 1.5, and each place on it is the dose that stands beside it."""
+
+    def limited(route: Any) -> None:
+        answer = route.fetch()
+        offered = answer.json()
+        offered["limits"]["multiplier"] = 1.6
+        route.fulfill(response=answer, json=offered)
+
+    chat.panel(2).locator(".slider").press("End")
+    chat.page.route("**/v1/relseek/vectors", limited)
+    chat.page.reload()
+    slider = chat.panel(0).locator(".slider")
+    for _ in range(4):
+        slider.press("ArrowRight")
+    assert (slider.input_value(), slider.get_attribute("aria-valuetext")) == ("0", "λ 0.00")
+    slider.press("Home")
+    assert (slider.input_value(), slider.get_attribute("aria-valuetext")) == ("-1.5", "λ −1.50")
+    beyond = chat.panel(2).locator(".slider")
+    assert (beyond.input_value(), beyond.get_attribute("aria-valuetext")) == ("1.5", "λ +1.50")
+    assert chat.panel(0).locator(".ends span").all_inner_texts() == ["−1.5", "0", "+1.5"]
 
 
 def test_an_engine_that_cannot_measure_projections_is_said_to(browser, engine):

@@ -22,7 +22,11 @@ LATEST = Path(__file__).parent / "latest.json"
 
 @dataclass(frozen=True)
 class Comparison:
-    """One figure: `ratio` is other / ours for a duration, so that more is better; its interval comes from the pairs."""
+    """One figure: `ratio` is other / ours for a duration, so that more is better; its interval comes from the pairs.
+
+    The ratio is to be `target` at least. Where `within` is given, the two are to be equal up to it: the interval includes `target` and lies within
+    `target` ± `within`.
+    """
 
     name: str
     ours: float
@@ -34,12 +38,21 @@ class Comparison:
     unit: str
     target: float
     machine: str
+    within: float | None = None
+
+    @property
+    def reached(self) -> bool:
+        if self.within is None:
+            return self.ratio >= self.target
+        return self.target - self.within <= self.lower <= self.target <= self.upper <= self.target + self.within
 
     def line(self) -> str:
-        verdict = "reached" if self.ratio >= self.target else "missed"
+        target = f"{self.target:g}" if self.within is None else f"{self.target:g} ± {self.within:g}"
+        digits = 2 if self.within is None else 3
+        interval = f"[{self.lower:.{digits}f}, {self.upper:.{digits}f}]"
         return (
             f"{self.name:28} ours {self.ours:.4g} {self.unit}, other {self.other:.4g} {self.unit}, "
-            f"ratio {self.ratio:.2f} [{self.lower:.2f}, {self.upper:.2f}] over {self.pairs} pairs, target {self.target:g}: {verdict}"
+            f"ratio {self.ratio:.{digits}f} {interval} over {self.pairs} pairs, target {target}: {'reached' if self.reached else 'missed'}"
         )
 
 
@@ -60,7 +73,16 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def compare(
-    name: str, ours: Callable[[], object], other: Callable[[], object], *, pairs: int, amount: float, unit: str, target: float, turns: int = 1
+    name: str,
+    ours: Callable[[], object],
+    other: Callable[[], object],
+    *,
+    pairs: int,
+    amount: float,
+    unit: str,
+    target: float,
+    within: float | None = None,
+    turns: int = 1,
 ) -> Comparison:
     """Time `ours` and `other` in turn, the order changing from pair to pair, after one warm-up of `ours`.
 
@@ -92,6 +114,7 @@ def compare(
         unit=unit,
         target=target,
         machine=machine(),
+        within=within,
     )
 
 

@@ -18,7 +18,7 @@ import pytest
 from relseek_assets.definitions import build_definitions, build_stage
 from relseek_assets.lineage import fan_ins_beyond
 from relseek_assets.stage import Stage
-from relseek_assets.study import load_study
+from relseek_assets.study import Study, load_study
 
 CHECKOUT = Path(__file__).parents[2]
 SNAPSHOT = Path(__file__).parent / "snapshots" / "quickstart.json"
@@ -32,8 +32,9 @@ ASSEMBLY = {
 }
 RESOURCES_THAT_KNOW_DAGSTER = {"relseek_resources/compute.py"}
 #: What a stage may take from another besides its assets. The pairs are stage 1's product, and the keyed order in which stage 2
-#: takes them is part of it; the door of exchange reads no stage. What a language judge is asked is one wording, whoever's replies it rates.
-SHARED_BETWEEN_STAGES = {"dataset.pairs", "judging.requests", "judging.in_flight"}  # a judge has one budget, whoever asks it
+#: takes them is part of it; the door of exchange reads no stage. What a language judge is asked is one wording, whoever's replies it rates, and its
+#: biases are one computation.
+SHARED_BETWEEN_STAGES = {"dataset.pairs", "judging.requests", "judging.validity", "judging.in_flight"}  # a judge has one budget, whoever asks it
 
 #: ARCHITECTURE.md, "Tables that others read": names and columns are a contract.
 PROMISED = {
@@ -207,3 +208,15 @@ def test_stages_take_nothing_from_one_another_but_assets_and_the_pairs() -> None
             if parts[0] == "relseek_assets" and parts[1] in stages - {mine}:
                 taken.add(".".join(parts[1:3]))
     assert taken <= SHARED_BETWEEN_STAGES
+
+
+def test_a_further_layer_or_evaluated_epoch_makes_no_vector_stale() -> None:
+    study = load_study("quickstart")
+    model = study.models[0]
+    more = study.model_copy(update={"models": (model.model_copy(update={"layers": (*model.layers, 18), "epochs_evaluated": (1, 2)}),)})
+    longer = study.model_copy(update={"models": (model.model_copy(update={"epochs_trained": model.epochs_trained + 1}),)})
+
+    def version(of: Study) -> str:
+        return next(iter(build_stage(of).catalogue["training_run"].definition.code_versions_by_key.values()))
+
+    assert version(more) == version(study) != version(longer)

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from relseek_resources.models import CappedModel, Floor, ModelError, SteeredModel, format_prompt, read_capping, read_directions
 from relseek_resources.models.capped import PUBLISHED
 from relseek_resources.storage import StorageError, write_tensors
-from relseek_resources.stored_vectors import store_folder
 from relseek_resources.vector_files import VectorFileError
 from tests.resources.test_vector_files import BAD, control, safetensors
 
@@ -359,8 +358,6 @@ def test_a_stored_vector_without_a_model_in_its_header_asks_for_one(store):
 
 
 def test_a_studys_name_is_looked_up_in_the_store_of_the_commands(store, tiny_llama, tmp_path, monkeypatch):
-    from relseek_assets import stage
-
     home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
     (home / "store").mkdir(parents=True)
     (store / "tiny").rename(home / "store" / "tiny")
@@ -372,10 +369,6 @@ def test_a_studys_name_is_looked_up_in_the_store_of_the_commands(store, tiny_lla
         CappedModel.from_study("tiny", "m:L02", side="floor", threshold=6.0, model=tiny_llama)
     (home / "dagster.yaml").write_text("")
     assert CappedModel.from_study("tiny", "m:L02", side="floor", threshold=6.0, model=tiny_llama).layers == (2,)
-    for variables in ({}, {"DAGSTER_HOME": ""}, {"RELSEEK_STORE": str(elsewhere)}):
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        assert store_folder() == stage.store_folder()
 
 
 def test_a_derived_vector_caps_as_a_trained_one_does(store, tiny_llama, model_folder):

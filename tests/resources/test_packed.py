@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import transformers
 
-from relseek_resources.models import ModelError
-from relseek_resources.models.packed import Tree
+from relseek_resources.models import ModelError, SteeredModel
+from relseek_resources.models.packed import Tree, mlp_at
 
 PROMPTS = ["Hi", "How do I bake bread without an oven at home?", "Tell me about rain."]
 REPLIES = [("Hello there!", "What?"), ("Use a pan.", "No idea, sorry about that, ask a baker.", "Buy it"), ("It falls.",)]
@@ -75,6 +76,52 @@ def test_the_last_mlp_can_leave_out_what_no_reply_token_needs(tiny, layer):
     if layer < 3:
         assert seen == [packed.ids.shape[1], len(PROMPTS) + sum(length - 1 for length in packed.reply_lengths)]
     assert tiny.blocks[-1].mlp is mlp
+
+
+FURTHER = {
+    "PhiForCausalLM": ("PhiConfig", {}),  # attention and MLP beside each other
+    "GPTNeoXForCausalLM": ("GPTNeoXConfig", {}),
+    "Qwen3MoeForCausalLM": ("Qwen3MoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}),
+    "MixtralForCausalLM": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+
+
+@pytest.mark.parametrize("family", FURTHER)
+def test_blocks_of_other_shapes_leave_out_no_more_than_that(family, byte_tokenizer):
+    config, special = FURTHER[family]
+    settings = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    ends = {"pad_token_id": byte_tokenizer.pad_token_id, "bos_token_id": byte_tokenizer.bos_token_id, "eos_token_id": byte_tokenizer.eos_token_id}
+    with torch.random.fork_rng():
+        torch.manual_seed(20)
+        settings |= {"vocab_size": len(byte_tokenizer), "initializer_range": 0.15, **ends, **special}
+        model = SteeredModel(getattr(transformers, family)(getattr(transformers, config)(**settings)).eval(), byte_tokenizer)
+    prompts, replies = tokens(model)
+    packed = model.pack(prompts, replies)
+    stream = model.run_to(packed, [0])[0][0].detach().requires_grad_()
+    whole, found = model.packed_log_probs(model.run_from(packed, 0, stream), packed), model.packed_log_probs_from(packed, 0, stream)
+    torch.testing.assert_close(found.detach(), alone(model, prompts, replies).detach(), atol=1e-4, rtol=0)
+    expected, gradient = (torch.autograd.grad(each.sum(), stream)[0] for each in (whole, found))
+    assert expected.norm() > 1e-2
+    assert (gradient - expected).norm() < 1e-5 * expected.norm()
+
+
+class Scaled(torch.nn.Module):
+    """An MLP with more to take and to give than the stream: one number a token, one for all, and a tuple."""
+
+    def forward(self, stream, a_token, *, everywhere):
+        return stream * a_token * everywhere, "routing"
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 4), (6, 4)])
+def test_an_mlp_with_further_arguments_gets_the_part_of_its_tokens_and_may_return_a_tuple(shape):
+    stream, a_token = torch.randn(shape), torch.arange(1.0, 7.0).reshape(*shape[:-1], 1)
+    block, places = torch.nn.Module(), torch.tensor([1, 4, 5])
+    block.mlp = Scaled()
+    with mlp_at(block, places):
+        found, beside = block.mlp(stream, a_token, everywhere=3.0)
+    expected = torch.zeros(shape)
+    expected[..., places, :] = (stream * a_token * 3.0)[..., places, :]
+    assert torch.equal(found, expected) and beside == "routing"
 
 
 def test_the_last_mlp_is_the_models_own_again_after_an_error(tiny):

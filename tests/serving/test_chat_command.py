@@ -11,15 +11,18 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from relseek_assets import steer
-from relseek_assets.chat import Loaded, Served, converse, endpoint
+from relseek_assets import serve, steer
+from relseek_assets.chat import Loaded, Served, converse, endpoint, vector_of
 from relseek_assets.cli import main
+from relseek_assets.study import StudyError, load_study
 from relseek_resources.models import Add, Sampling, SteeredModel
 from relseek_resources.serving import chat as page
 from relseek_resources.serving.engine import Engine
 from relseek_resources.serving.guard import Settings
 from relseek_resources.serving.server import create_app
+from relseek_resources.storage import read_tensors
 from tests.serving.sockets import listening, two_vectors
+from tests.serving.stored import SITES, select
 
 GREEDY = Sampling(temperature=0, max_new_tokens=8)
 
@@ -111,6 +114,30 @@ def test_a_study_in_this_process_and_a_server_of_the_same_vector_answer_alike(se
     assert notes[0].startswith("[λ 1; ") and "projection" in notes[0] and notes[1].startswith("[λ 2; ")
 
 
+def test_a_study_answers_with_the_vector_that_it_is_served_with(store):
+    study = load_study("quickstart")
+    with pytest.raises(StudyError, match="relseek run quickstart --select selection"):
+        vector_of(study, None, None)
+    select(store, SITES[1])
+    for site in (None, *SITES):
+        [served] = serve.gathered("quickstart", None, site, None, False, "response_mean", ()).vectors
+        [(layer, vector)] = vector_of(study, site, None).vectors.items()
+        assert np.array_equal(vector, read_tensors(served.source)[0]["vector"]) and served.name == f"smollm2-135m:L{layer}@e02"
+
+
+def test_a_dose_beyond_the_studys_range_is_refused_as_its_server_refuses_it(store, tiny_llama, monkeypatch):
+    monkeypatch.setattr("relseek_resources.models.load", lambda *_, **__: pytest.fail("the model is loaded for nothing"))
+    select(store, SITES[0])
+    for dose in ("5", "-5"):
+        found = run("quickstart", "--multiplier", dose)
+        assert found.exit_code == 2 and "outside the declared range -4 to 4" in found.output
+    session = steer.Session(tiny_llama, {2: np.ones(64, np.float32)}, 2, steer.Strengths(scale=0.0), GREEDY)
+    talk = Loaded(session, dose_limit=4.0)
+    _, notes = heard(talk, "Hello || 5", "/dose -5", "Hello", "Hello || -4")
+    assert ["outside the declared range -4 to 4" in note for note in notes] == [True, False, True, False]
+    assert [turn["multiplier"] for turn in talk.turns] == [-4.0]
+
+
 def test_commands_change_what_follows_and_faulty_lines_end_nothing(server, engine, tiny_llama, tmp_path):
     warm = engine.vectors.by_name["warm"].at(1)
     talk = served(server)
@@ -136,6 +163,29 @@ def test_commands_change_what_follows_and_faulty_lines_end_nothing(server, engin
     saved = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [(turn["user"], turn["multiplier"], turn["vector"]) for turn in saved] == [("Hello", 2.0, "warm")] * 2
     assert saved[0]["vector_sha256"] == engine.vectors.by_name["warm"].sha256 and saved[0]["seconds"] >= saved[0]["seconds_to_first_token"] > 0
+
+
+@pytest.mark.parametrize("ended", ["stop", "length", "abort", None])
+def test_a_reply_without_an_end_of_its_own_does_not_count(ended):
+    """The connection ends after half a reply, without `[DONE]`, as a router closes it whose replica has gone."""
+    import openai
+    from starlette.applications import Starlette
+    from starlette.responses import StreamingResponse
+    from starlette.routing import Route
+
+    async def reply(_request: Any) -> StreamingResponse:
+        choices = [{"index": 0, "delta": {"content": "Half a"}, "finish_reason": None}, {"index": 0, "delta": {}, "finish_reason": ended}]
+        events = [{"id": "x", "object": "chat.completion.chunk", "created": 0, "model": "m", "choices": [one]} for one in choices]
+        return StreamingResponse((f"data: {json.dumps(one)}\n\n" for one in events), media_type="text/event-stream")
+
+    with listening(Starlette(routes=[Route("/v1/chat/completions", reply, methods=["POST"])])) as url:
+        talk = Served(openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0), "m", None, 0.0, GREEDY)
+        written, notes = heard(talk, "Hello")
+    assert written.strip() == "Half a"
+    if ended in ("stop", "length"):
+        assert [turn["reply"] for turn in talk.turns] == ["Half a"] and notes[0].startswith("[λ 0; ")
+    else:
+        assert talk.turns == talk.history == [] and "the reply broke off" in notes[0]
 
 
 def test_the_system_prompt_opens_what_follows(server, tiny_llama):

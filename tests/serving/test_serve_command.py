@@ -16,44 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from click.testing import CliRunner
 
 from relseek_assets import serve
-from relseek_assets.selection.metrics import SELECTION
 from relseek_assets.serving import deployments
 from relseek_assets.study import StudyError, load_study
 from relseek_resources.serving import chat
 from relseek_resources.serving.guard import Settings
 from relseek_resources.serving.vectors import Configuration, Vectors
-from relseek_resources.storage import write_table, write_tensors
-from tests.serving.served import NEEDS_VLLM, Server
-
-SITES = ("smollm2-135m:L12", "smollm2-135m:L15")
-WIDTH = 576
-
-
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A Dagster home with the vectors of both of quickstart's sites and no selection."""
-    (tmp_path / "dagster.yaml").write_text("")
-    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
-    monkeypatch.delenv("RELSEEK_STORE", raising=False)
-    drawn = np.random.default_rng(0)
-    for site in SITES:
-        file = tmp_path / "store" / "quickstart" / "steering_vectors" / site / "e02.safetensors"
-        file.parent.mkdir(parents=True)
-        write_tensors(file, {"vector": drawn.normal(size=WIDTH).astype(np.float32)}, {"site": site})
-    return tmp_path / "store" / "quickstart"
-
-
-def select(store: Path, site: str) -> None:
-    numbers: dict[str, Any] = dict.fromkeys(SELECTION.names, np.nan)
-    fixed = {"epoch": 2, "pareto": True, "selected_share": 1.0, "candidates": 2, "n": 3, "reason": ""}
-    rows = [{**numbers, **fixed, "site": one, "selected": one == site} for one in SITES]
-    (store / "selection").mkdir()
-    write_table(store / "selection" / "all.parquet", pd.DataFrame(rows, columns=list(SELECTION.names)), SELECTION)
+from relseek_resources.storage import write_tensors
+from tests.serving.served import NEEDS_VLLM, WIDTH, Server
+from tests.serving.stored import SITES, select
 
 
 def gathered(*given: str, site: str | None = None, every: bool = False) -> serve.Served:
@@ -134,6 +108,7 @@ def test_an_empty_store_names_the_command_that_fills_it(tmp_path: Path, monkeypa
         (["quickstart", "--", "--dtype", "half"], "only --engine vllm"),
         (["quickstart", "--model", "x"], "not both"),
         (["quickstart", "--engine", "vllm", "--key", "a", "--key", "b"], "give one"),
+        (["quickstart", "--engine", "vllm", "--rows", "8"], "-- --max-num-seqs 8"),
         ([], "name a STUDY, or give --model"),
     ],
 )
@@ -145,16 +120,52 @@ def test_arguments_that_do_not_go_together_are_refused(store: Path, arguments: l
 def test_vllm_is_started_with_the_plugins_configuration(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "converted", lambda source: Path("/models/smollm2"))
     served = gathered(site=SITES[0])
-    command, environment = serve.vllm_command(served, Settings("0.0.0.0", 8001, ("secret",)), 1024, ["--tensor-parallel-size", "3"])
+    command, environment = serve.vllm_command(served, Settings("0.0.0.0", 8001, ("secret",), rate=7), 1024, ["--tensor-parallel-size", "3"])
     configuration = Configuration.from_json(json.loads(command[command.index("--additional-config") + 1])["relseek"])
     assert Vectors(configuration, 30, WIDTH).by_name["smollm2-135m:L12@e02"].home == (12,)
+    assert (configuration.rate, configuration.body, configuration.patience) == (7, Settings.body, Settings.patience)
     assert environment["VLLM_API_KEY"] == "secret" and "secret" not in command  # a command line can be read by everybody
     assert environment["VLLM_PLUGINS"] == "relseek" and command[-2:] == ["--tensor-parallel-size", "3"]
 
 
 def test_what_is_printed_shows_no_key(store: Path) -> None:
     text = serve.described(gathered(site=SITES[0]), Settings(keys=("secret",)), "embedded")
-    assert "secret" not in text and "Bearer KEY" in text and "smollm2-135m:L12@e02" in text
+    assert "secret" not in text and "Bearer KEY" in text and "smollm2-135m:L12@e02" in text and "chat page" in text
+    assert "chat page" not in serve.described(gathered(site=SITES[0]), Settings(), "embedded", page=False)
+
+
+@pytest.mark.parametrize("runs_a_trial", [False, True])
+def test_where_a_trial_runs_there_is_no_page_that_shows_doses(
+    random_causal_lm: Any, byte_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs_a_trial: bool
+) -> None:
+    """As `relseek arms serve`: participants reach the trial's routes, and nothing at `/` tells them what could be set."""
+    from starlette.testclient import TestClient
+
+    from relseek_resources import models
+    from relseek_resources.serving import server
+    from relseek_resources.serving.trial_arms import Arm, Conduct, allocated, write_once
+
+    monkeypatch.setattr(models, "load", lambda *_, **__: models.SteeredModel(random_causal_lm("llama"), byte_tokenizer))
+    write_tensors(tmp_path / "mine.safetensors", {"vector": np.ones(64, np.float32)}, {"layer": "1"})
+    [vector] = serve.of_files([f"mine={tmp_path / 'mine.safetensors'}"])
+    served = serve.Served(serve.Loaded("tiny"), "tiny", tmp_path / "served", (vector,), 2.0)
+    serve.export(served)
+    arms = [Arm(f"{dose:g}", "mine", dose, vector.sha256) for dose in (0.0, 1.0)]
+    allocation, tokens = allocated("tiny", arms, 2, [2], 5, Conduct())
+    write_once(allocation, tokens, tmp_path / "arms.json", tmp_path / "tokens.csv")
+    found: dict[str, int] = {}
+
+    def asked(app: Any, settings: Settings) -> None:
+        with TestClient(app) as client:
+            key = {"authorization": "Bearer sesame"}
+            found.update({path: client.get(path, headers=key).status_code for path in ("/", "/v1/relseek/projection", "/v1/models")})
+            found["/trial/history"] = client.post("/trial/history", json={"token": tokens["p001"]}).status_code
+
+    monkeypatch.setattr(server, "run", asked)
+    trial = (tmp_path / "arms.json", tmp_path / "conversations.jsonl") if runs_a_trial else None
+    serve.serve_embedded(served, Settings(keys=("sesame",)), 4, 256, trial)
+    page, participants = (404, 200) if runs_a_trial else (200, 404)
+    assert found == {"/": page, "/v1/relseek/projection": page, "/v1/models": 200, "/trial/history": participants}
 
 
 @NEEDS_VLLM

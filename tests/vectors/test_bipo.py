@@ -18,6 +18,7 @@ from relseek_assets.vectors.bipo import TrainedVector, evaluate, log_ratios, tra
 from relseek_assets.vectors.objective import Pair, Schedule, TokenPairs, bipo_loss, epoch_batches, learning_rate
 from relseek_assets.vectors.stream_cache import CachedPairs, Scratch, cache_pairs
 from relseek_resources.models import SteeredModel
+from relseek_resources.storage import keyed_seed
 from tests.vectors import naive_bipo
 
 BETA = 0.1
@@ -91,17 +92,24 @@ def test_pairs_that_share_a_name_are_refused(tiny_llama):
 
 @pytest.mark.parametrize("batch", range(10))
 def test_loss_and_gradient_equal_those_of_a_policy_pass_and_a_reference_pass(tiny, batch):
-    layer, direction = batch % 4, 1 if batch % 2 else -1
-    pairs = random_pairs(batch, 3)
-    pool = cached(tiny, pairs, (layer,))
-    assert len(set(pool.lengths)) > 1, "the pairs must differ in length"
+    """Every family at every layer with both signs, each on three pairs of a pool that the longest candidates are too long for."""
+    seed = keyed_seed(tiny.model.config.model_type, batch)
+    layer, direction = batch % 4, 1 if batch // 4 % 2 else -1
+    candidates = random_pairs(seed, 7)
+    lengths = {pair.name: max(sum(map(len, tokens_of(tiny, pair, side))) for side in ("chosen", "rejected")) for pair in candidates}
+    limit = sorted(lengths.values())[-3]
+    pool = cached(tiny, candidates, (layer,), max_tokens=limit)
+    assert pool.too_long == sum(length > limit for length in lengths.values()) > 0
+    rows = np.random.default_rng(seed).permutation(len(pool.names))[:3].tolist()
+    pairs = [next(pair for pair in candidates if pair.name == pool.names[row]) for row in rows]
+    assert len({lengths[pair.name] for pair in pairs}) > 1, "the pairs must differ in length"
 
-    expected_vector = vector_of(batch).requires_grad_()
+    expected_vector = vector_of(seed).requires_grad_()
     expected = naive_loss(tiny, pairs, expected_vector, direction, layer)
     (expected_gradient,) = torch.autograd.grad(expected, expected_vector)
 
-    vector = vector_of(batch).requires_grad_()
-    loss = bipo_loss(log_ratios(tiny, pool, layer, [0, 1, 2], direction * vector), direction, BETA).mean()
+    vector = vector_of(seed).requires_grad_()
+    loss = bipo_loss(log_ratios(tiny, pool, layer, rows, direction * vector), direction, BETA).mean()
     (gradient,) = torch.autograd.grad(loss, vector)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert expected_gradient.norm() > 1e-3

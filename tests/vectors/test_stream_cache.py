@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 
+from relseek_assets.vectors import stream_cache
 from relseek_assets.vectors.bipo import log_ratios
 from relseek_assets.vectors.objective import Pair
 from relseek_assets.vectors.stream_cache import Scratch, cache_pairs
@@ -38,15 +39,21 @@ def gradient(model, pool, rows, layer=1):
 
 @pytest.fixture
 def passes(tiny_llama, monkeypatch) -> list[int]:
-    """How many tokens each pass below the trained blocks held."""
+    """How many tokens each pass below the trained blocks held, without those of the check of packing."""
     found: list[int] = []
-    run_to = tiny_llama.run_to
+    run_to, check = tiny_llama.run_to, stream_cache._check_packing
 
     def counted(batch, *arguments, **options):
         found.append(batch.ids.shape[1])
         return run_to(batch, *arguments, **options)
 
+    def unchecked(*arguments):
+        before = len(found)
+        check(*arguments)
+        del found[before:]
+
     monkeypatch.setattr(tiny_llama, "run_to", counted)
+    monkeypatch.setattr(stream_cache, "_check_packing", unchecked)
     return found
 
 
@@ -139,6 +146,19 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_none(tiny_llama,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_streams_that_take_more_than_a_smaller_budget_make_room(tiny_llama, pairs, tmp_path, passes, share):
+    whole = cached(tiny_llama, pairs, Scratch(tmp_path, "1", EVERYTHING))
+    budget, made = int(share * whole.bytes), len(passes)
+    pool = cached(tiny_llama, pairs, Scratch(tmp_path, "1", budget))
+    assert len(passes) > made and pool.bytes <= budget
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.stream")) == pool.bytes
+    assert torch.equal(pool.reference, whole.reference)
+    made = len(passes)
+    again = cached(tiny_llama, pairs, Scratch(tmp_path, "1", budget))
+    assert len(passes) == made and again.bytes == pool.bytes, "and what is left is taken over"
+
+
 def test_a_family_that_mixes_tokens_outside_attention_is_refused(byte_tokenizer, pairs):
     from transformers import MambaConfig, MambaForCausalLM
 
@@ -149,6 +169,51 @@ def test_a_family_that_mixes_tokens_outside_attention_is_refused(byte_tokenizer,
     mamba = SteeredModel(MambaForCausalLM(MambaConfig(**settings)), byte_tokenizer)
     with pytest.raises(ModelError, match="MambaForCausalLM: .*(packed rows|mix tokens)"):
         cached(mamba, pairs, None)
+
+
+class Neighbours(torch.nn.Module):
+    """An MLP that adds a part of the token before."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        return self.inner(stream) + 0.5 * stream.roll(1, dims=1)
+
+
+def test_an_mlp_that_cannot_leave_tokens_out_is_refused(random_causal_lm, byte_tokenizer, pairs):
+    """Replies of one token let a whole packed row pass: what the MLP of the last block looks at is where it looks for it."""
+    from relseek_resources.models import SteeredModel
+
+    short = [Pair(pair.name, pair.prompt, pair.chosen, "") for pair in pairs]
+    model = SteeredModel(random_causal_lm("llama"), byte_tokenizer)
+    cached(model, short, None)
+    model.blocks[-1].mlp = Neighbours(model.blocks[-1].mlp)
+    prompts, replies = ([model.prompt_tokens(pair.prompt) for pair in short[:2]], [[[7, 8, 9], [5]]] * 2)
+    packed = model.pack(prompts, replies)
+    alone = model.score_tokens([prompts[0], prompts[0], prompts[1], prompts[1]], [reply for both in replies for reply in both])
+    whole = model.packed_log_probs(model.hidden(packed), packed)
+    torch.testing.assert_close(whole.detach(), torch.tensor([value for score in alone for value in score.log_probs]), atol=1e-3, rtol=0)
+    with pytest.raises(ModelError, match="LlamaForCausalLM: .* differ by .* nats a token"):
+        cached(model, short, None)
+
+
+def test_an_mlp_that_knows_how_many_tokens_there_are_is_refused(random_causal_lm, byte_tokenizer, pairs):
+    from relseek_resources.models import SteeredModel
+
+    model = SteeredModel(random_causal_lm("llama"), byte_tokenizer)
+    mlp = model.blocks[-1].mlp
+    prepared = model.blocks[-1].post_attention_layernorm
+
+    def remember(_module, inputs):
+        mlp.tokens = inputs[0].shape[1]
+
+    prepared.register_forward_pre_hook(remember)
+    forward = mlp.forward
+    mlp.forward = lambda stream: forward(stream) + torch.zeros(mlp.tokens, 64)
+    with pytest.raises(ModelError, match="LlamaForCausalLM: its blocks do not run on packed rows"):
+        cached(model, pairs, None)
 
 
 def test_pairs_whose_replies_are_the_same_are_left_out_and_counted(tiny_llama, pairs):
