@@ -37,7 +37,8 @@ ASKING = ("EndpointError", "BatchError", "OverBudget", "PriceError", "AuthorErro
 # errors that say what to do; what they were raised from does not
 EXPLAINED = ("StorageError", "VectorFileError", "GeometryError", "BehaviourError", "PersonaSetError", "ModelError", "TrialFault", *ASKING)
 SHORT = 30.0  # seconds that an asset may be expected to take to share a run with others
-PROCESS_TAG = "relseek/process"  # host:pid of the `relseek run` that a run lives in
+PROCESS_TAG = "relseek/process"  # host:pid:start of the `relseek run` that a run lives in
+SAID = 160  # characters of what a failed check found that a terminal is told
 
 
 class PlanError(ValueError):
@@ -304,6 +305,8 @@ class Workspace:
                 wanted[name] = found
             start = time.monotonic()
             for names, box in self._runs(wanted):
+                for line in self.held_pools(names):
+                    say(line)
                 self._execute(names, box)
             for name in wanted:
                 say(f"{title[name]}: done in {time.monotonic() - start:.1f} s{' with those beside it' if len(wanted) > 1 else ''}")
@@ -428,7 +431,7 @@ class Workspace:
         result = job.execute_in_process(
             instance=self.instance,
             run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-            tags={**tags, PROCESS_TAG: f"{socket.gethostname()}:{os.getpid()}"},
+            tags={**tags, PROCESS_TAG: process_tag()},
             raise_on_error=False,
         )
         if not result.success:
@@ -439,6 +442,42 @@ class Workspace:
             message = error.message.strip() if error else "see the run in the UI"
             failed = failures[0].step_key.removeprefix(f"{self.study.name}__") if failures and failures[0].step_key else ", ".join(names)
             raise PlanError(f"{failed} failed: {message}\n(run {result.run_id}; `relseek run` again goes on from here)")
+
+    def failed_checks(self) -> list[str]:
+        """A line for each of the study's asset checks that failed when it was last evaluated: which, what it asks for and what it found."""
+        graph = self.definitions.resolve_asset_graph()
+        keys = sorted(graph.asset_check_keys, key=lambda key: (key.asset_key.path, key.name))
+        latest = self.instance.event_log_storage.get_latest_asset_check_execution_by_key(keys)
+        lines = []
+        for key in keys:
+            event = latest[key].event if key in latest else None
+            if event is None or event.dagster_event_type != dg.DagsterEventType.ASSET_CHECK_EVALUATION:
+                continue  # planned, and its run died
+            found = event.get_dagster_event().asset_check_evaluation_data
+            if not found.passed:
+                shown = ", ".join(f"{name}: {value.value}" for name, value in found.metadata.items())
+                shown = f"{shown[:SAID]} ..." if len(shown) > SAID else shown
+                where = f" {found.partition}" if found.partition else ""
+                asks = found.description or graph.get_check_spec(key).description or ""
+                lines.append(f"check failed: {key.asset_key.path[-1]}{where} {key.name}: {asks} Found {shown or 'no more about it'}")
+        return lines
+
+    def held_pools(self, names: Sequence[str]) -> list[str]:
+        """Who holds the pools that steps of the named assets wait for, a line a run, with the way to free them; nothing where a slot is free."""
+        storage = self.instance.event_log_storage
+        lines = []
+        for pool in sorted({self.catalogue[name].definition.op.pool for name in names} - {None}):
+            info = storage.get_concurrency_info(pool)
+            if info.claimed_slots and len(info.claimed_slots) >= info.slot_count:
+                for run_id in sorted({slot.run_id for slot in info.claimed_slots}):
+                    run = self.instance.get_run_by_id(run_id)
+                    process = run.tags.get(PROCESS_TAG, "") if run else ""
+                    holder = f" of process {process}" if process else ""
+                    lines.append(
+                        f"{', '.join(names)}: waiting for the pool {pool}, held by run {run_id}{holder}. If nothing runs there any more, terminate "
+                        "that run in `relseek ui`, whose daemon frees the pool within a minute"
+                    )
+        return lines
 
     def _checked_sources(self, key: dg.AssetKey) -> list[dg.AssetKey]:
         return [parent for parent in self.graph.get(key).parent_keys if self.graph.get(parent).is_external and key.path[-1] == "preference_pairs"]
@@ -455,7 +494,8 @@ class Workspace:
         dead = alive = 0
         for run in self.instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING])):
             host, _, process = run.tags.get(PROCESS_TAG, "").partition(":")
-            if host == socket.gethostname() and not _alive(int(process)):
+            number, _, started = process.partition(":")
+            if host == socket.gethostname() and not _alive(int(number), started):
                 self.instance.report_run_failed(run, "the process that ran this was killed; `relseek run` goes on from there")
                 self.instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
                 dead += 1
@@ -467,14 +507,30 @@ class Workspace:
         return dead
 
 
-def _alive(process: int) -> bool:
+def process_tag() -> str:
+    """This process, so that no later one is taken for it: host:pid:start, or host:pid where there is no /proc."""
+    return ":".join(filter(None, (socket.gethostname(), str(os.getpid()), _started(os.getpid()))))
+
+
+def _started(process: int) -> str:
+    """When a process began, in clock ticks after boot (proc(5), field 22 of stat); empty where nothing says so."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text(errors="replace")
+    except OSError:
+        return ""
+    return stat.rpartition(")")[2].split()[19]  # the name before it, in brackets, may hold spaces
+
+
+def _alive(process: int, started: str) -> bool:
+    """Whether a process lives; after a restart another one may have its number, which its start tells. `started` is empty in older records."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    now = _started(process)
+    return not (started and now and started != now)
 
 
 def _neighbours(values: Sequence[str], order: Sequence[str], alike: Callable[[str, str], bool] = lambda one, two: True) -> Iterator[list[str]]:

@@ -12,6 +12,7 @@ from relseek_assets.behaviour import FILES, PROMPT_TYPES, read_conversations
 from relseek_assets.dataset import pairs as plain
 from relseek_assets.dataset import quality
 from relseek_assets.stage import Stage, Work, plot
+from relseek_assets.study import StudyError
 from relseek_resources.storage import Column, TableSchema
 
 GROUP = "dataset"
@@ -48,6 +49,16 @@ def build(stage: Stage) -> None:
     def preference_pairs(work: Work) -> Iterator[dg.AssetMaterialization]:
         frame = plain.preference_pairs(read_conversations(conversations), heldout_share=study.pairs.heldout_share, seed=study.seed)
         counts = frame.groupby("split")["conversation"].nunique().to_dict()
+        if not counts.get("heldout"):
+            raise StudyError(
+                f"study {study.name}: none of {counts['train']} conversations can be held out, since every prompt type has one alone; "
+                f"write a second one of a type in {conversations}"
+            )
+        if not counts.get("train"):
+            raise StudyError(
+                f"study {study.name}: all {counts['heldout']} conversations are held out and none is left to train on; "
+                f"lower pairs.heldout_share ({study.pairs.heldout_share:g}) or write more in {conversations}"
+            )
         yield work.table(
             None,
             frame,

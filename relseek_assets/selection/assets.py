@@ -127,4 +127,6 @@ def doses_of(work: Work, asset: str, partition: str | None) -> pd.DataFrame | No
 
 
 def study_items(work: Work) -> pd.DataFrame:
-    return pd.concat([work.read_table("site_candidates", site) for site in work.upstream("site_candidates", None)])
+    """The candidates of all sites; no rows where no vector has been rated."""
+    parts = [work.read_table("site_candidates", site) for site in work.upstream("site_candidates", None)]
+    return pd.concat(parts) if parts else pd.DataFrame(columns=list(metrics.CANDIDATE_ITEMS.names))

@@ -6,14 +6,14 @@ differences between candidates keep what they share.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from relseek_resources.storage import Column, TableSchema, keyed_seed
+from relseek_resources.storage import Column, StorageError, TableSchema, keyed_seed
 
 SITE = Column("site", "string", "model and layer")
 EPOCH = Column("epoch", "integer", "epoch of the vector", low=1)
@@ -90,12 +90,12 @@ SELECTION = TableSchema(
         ),
         Column("score", "number", "mean of the z-scores of coherence AUC and pairwise slope", nullable=True),
         Column("rating_score", "number", "the same with the rating slope", nullable=True),
-        Column("pareto", "boolean", "no other candidate is at least as good on both and better on one", nullable=True),
+        Column("pareto", "boolean", "no other candidate with a score is at least as good on both and better on one", nullable=True),
         Column("selected", "boolean", "highest score (rating_score where there are no pairs); a tie goes to the larger selected_share"),
         Column("selected_share", "number", "share of bootstrap draws in which it is selected", low=0, high=1),
-        Column("candidates", "integer", "over how many candidates the z-scores were taken", low=1),
+        Column("candidates", "integer", "over how many candidates, those with both figures, the z-scores were taken", low=0),
         Column("n", "integer", "items", low=1),
-        Column("reason", "string", "why a score is null or how a tie was broken; empty otherwise"),
+        Column("reason", "string", "why a score is null, with the doses that lack a figure, or how a tie was broken; empty otherwise"),
     ),
     key=("site", "epoch"),
 )
@@ -190,16 +190,29 @@ def candidate_items(scores: pd.DataFrame, pairs: pd.DataFrame | None, doses: Seq
 
 @dataclass(frozen=True)
 class Candidate:
-    """One vector's figures: the estimates, and each bootstrap draw's. `draws[metric]` has shape (draws,)."""
+    """One vector's figures: the estimates, and each bootstrap draw's. `draws[metric]` has shape (draws,).
+
+    `gaps[metric]` are the doses at which nothing is there to take the metric from, which leaves its estimate NaN.
+    """
 
     site: str
     epoch: int
     estimates: dict[str, float]
     draws: dict[str, np.ndarray]
     n: int
+    gaps: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def has(self, *metrics: str) -> bool:
+        return all(np.isfinite(self.estimates[metric]) for metric in metrics)
+
+    def lacks(self, metric: str) -> str:
+        """Which figure is not there, and at which doses."""
+        doses = ", ".join(f"{dose:g}" for dose in self.gaps.get(metric, ()))
+        return f"no {SUBJECTS[metric]} at λ = {doses}" if doses else f"no {metric.replace('_', ' ')}"
 
 
 METRICS = ("coherence_auc", "rating_slope", "pairwise_slope")
+SUBJECTS = {"coherence_auc": "coherence", "rating_slope": "rating", "pairwise_slope": "pairs"}
 
 
 def slope(means: np.ndarray, doses: np.ndarray) -> np.ndarray:
@@ -217,6 +230,12 @@ def candidate(part: pd.DataFrame, items: Sequence[str], counts: np.ndarray) -> C
     }
     estimates: dict[str, np.ndarray] = {}
     draws: dict[str, np.ndarray] = {}
+    there = {
+        "coherence_auc": np.isfinite(grids["coherence"]),
+        "rating_slope": np.isfinite(grids["rating"]),
+        "pairwise_slope": np.nan_to_num(grids["matches"]) > 0,
+    }
+    gaps = {name: tuple(float(dose) for dose in doses[~cells.any(axis=0)]) for name, cells in there.items()}
     for found, weights in ((estimates, np.ones((1, len(items)))), (draws, counts)):
         with np.errstate(invalid="ignore", divide="ignore"):
             win_rates = (weights @ np.nan_to_num(grids["wins"])) / (weights @ np.nan_to_num(grids["matches"]))
@@ -224,7 +243,7 @@ def candidate(part: pd.DataFrame, items: Sequence[str], counts: np.ndarray) -> C
         found["rating_slope"] = slope(weighted_means(grids["rating"], weights), doses)
         found["pairwise_slope"] = slope(win_rates, doses)
     single = {name: float(values[0]) for name, values in estimates.items()}
-    return Candidate(str(part["site"].iloc[0]), int(part["epoch"].iloc[0]), single, draws, part["item"].nunique())
+    return Candidate(str(part["site"].iloc[0]), int(part["epoch"].iloc[0]), single, draws, part["item"].nunique(), gaps)
 
 
 def z_scores(values: np.ndarray) -> np.ndarray:
@@ -237,13 +256,25 @@ def z_scores(values: np.ndarray) -> np.ndarray:
 def combined(candidates: Sequence[Candidate], slope_name: str, weight: float, *, of_draws: bool = False) -> np.ndarray:
     """weight z(coherence AUC) + (1 - weight) z(slope), shape (candidates,) or (candidates, draws).
 
-    A figure that is the same for all candidates tells none apart and counts zero; NaN where that is so of both.
+    z-scores are taken over the candidates that have both figures; the others are NaN. A figure that is the same for all of them tells none apart
+    and counts zero; NaN where that is so of both, and in a draw that leaves one of them without a figure.
     """
-    auc, steer = (
-        z_scores(np.array([found.draws[name] if of_draws else found.estimates[name] for found in candidates]))
-        for name in ("coherence_auc", slope_name)
-    )
-    undefined = np.logical_and(np.isnan(auc), np.isnan(steer))
+    usable = [place for place, found in enumerate(candidates) if found.has("coherence_auc", slope_name)]
+    drawn = (len(candidates[0].draws["coherence_auc"]),) if of_draws else ()
+    scores = np.full((len(candidates), *drawn), np.nan)
+    if usable:
+        mine = [candidates[place] for place in usable]
+        scores[usable] = _weighted(mine, slope_name, weight, of_draws)
+    return scores
+
+
+def _weighted(candidates: Sequence[Candidate], slope_name: str, weight: float, of_draws: bool) -> np.ndarray:
+    """`combined` of candidates that have both figures."""
+    names = ("coherence_auc", slope_name)
+    values = np.array([[found.draws[name] if of_draws else found.estimates[name] for found in candidates] for name in names])
+    auc, steer = map(z_scores, values)
+    complete = np.isfinite(values).all(axis=(0, 1))
+    undefined = np.logical_or(~complete, np.logical_and(np.isnan(auc), np.isnan(steer)))
     return np.where(undefined, np.nan, weight * np.nan_to_num(auc) + (1 - weight) * np.nan_to_num(steer))
 
 
@@ -269,24 +300,56 @@ def tied(scores: np.ndarray) -> np.ndarray:
 
 
 def candidates_of(items: pd.DataFrame, draws: int, seed: int) -> list[Candidate]:
-    """Every candidate of a study, on the same bootstrap draws."""
+    """Every candidate of a study, on the same bootstrap draws.
+
+    Raises:
+        StorageError: no candidate at all.
+    """
+    if items.empty:
+        raise StorageError(
+            "no candidate: no vector has a rating and a coherence score, by the judge that selects, at the selection doses; "
+            "the status of `candidate_items` says what each lacks. Score both rubrics, or import scores of both (`relseek import scores`)"
+        )
     names = sorted(items["item"].unique())
     counts = resamples(names, draws, seed)
     return [candidate(part, names, counts) for _, part in items.groupby(["site", "epoch"])]
 
 
+def deciding_slope(candidates: Sequence[Candidate]) -> str:
+    """The pairwise slope where every candidate that has a coherence AUC (every one, where none has) has one, else the rating slope."""
+    coherent = [found for found in candidates if found.has("coherence_auc")] or candidates
+    return "pairwise_slope" if all(found.has("pairwise_slope") for found in coherent) else "rating_slope"
+
+
+def selected_shares(candidates: Sequence[Candidate], steer: str, weight: float) -> np.ndarray:
+    """Share of bootstrap draws that each candidate wins; none for one without both figures, all for the only one that has them."""
+    usable = np.array([found.has("coherence_auc", steer) for found in candidates])
+    if usable.sum() <= 1:
+        return usable.astype(float)
+    shares = np.zeros(len(candidates))
+    shares[usable] = winners(combined(candidates, steer, weight, of_draws=True)[usable])
+    return shares
+
+
 def selection(candidates: Sequence[Candidate]) -> pd.DataFrame:
-    """The candidates with their figures, scores, Pareto set and the one selected."""
-    paired = all(np.isfinite(found.estimates["pairwise_slope"]) for found in candidates)
-    steer = "pairwise_slope" if paired else "rating_slope"
+    """The candidates with their figures, scores, Pareto set and the one selected.
+
+    A candidate that lacks coherence or the deciding slope at a dose has no score, belongs to no Pareto set and is not selected.
+    """
+    steer = deciding_slope(candidates)
+    paired = steer == "pairwise_slope"
     rating_scores = combined(candidates, "rating_slope", 0.5)
     scores = combined(candidates, "pairwise_slope", 0.5) if paired else np.full(len(candidates), np.nan)
-    front = pareto_set(np.array([[found.estimates["coherence_auc"], found.estimates[steer]] for found in candidates]))
     deciding = scores if paired else rating_scores
-    shares = np.ones(1) if len(candidates) == 1 else winners(combined(candidates, steer, 0.5, of_draws=True))
-    best = 0 if len(candidates) == 1 else -1
+    usable = np.flatnonzero([found.has("coherence_auc", steer) for found in candidates])
+    front = np.zeros(len(candidates), dtype=bool)
+    front[usable] = pareto_set(
+        np.array([[candidates[place].estimates[name] for name in ("coherence_auc", steer)] for place in usable]).reshape(-1, 2)
+    )
+    shares = selected_shares(candidates, steer, 0.5)
+    best = int(usable[0]) if len(usable) == 1 else -1
     reasons = []
-    if len(candidates) == 1:
+    if len(usable) == 1:
         reasons.append("one candidate: there is nothing to take z-scores over")
     elif not np.isfinite(deciding).any():
         reasons.append("all candidates have the same figures: z-scores are undefined")
@@ -299,35 +362,36 @@ def selection(candidates: Sequence[Candidate]) -> pd.DataFrame:
         reasons.append("no pairwise slopes: score and pareto are null, see rating_score")
     rows: list[dict[str, Any]] = []
     for place, found in enumerate(candidates):
+        lacking = [found.lacks(metric) for metric in ("coherence_auc", steer) if not found.has(metric)]
         row: dict[str, Any] = {"site": found.site, "epoch": found.epoch}
         for metric in METRICS:
             estimate = found.estimates[metric]
             finite = found.draws[metric][np.isfinite(found.draws[metric])]
-            low, high = np.percentile(finite, [2.5, 97.5]) if len(finite) and np.isfinite(estimate) else (None, None)
+            low, high = np.percentile(finite, [2.5, 97.5]) if len(finite) and np.isfinite(estimate) else (np.nan, np.nan)
             row |= {metric: estimate, f"{metric}_lower": low, f"{metric}_upper": high}
         row |= {
             "score": scores[place],
             "rating_score": rating_scores[place],
-            "pareto": bool(front[place]) if paired else None,
+            "pareto": bool(front[place]) if paired and not lacking else None,
             "selected": place == best,
             "selected_share": float(shares[place]),
-            "candidates": len(candidates),
+            "candidates": len(usable),
             "n": found.n,
-            "reason": "; ".join(reasons),
+            "reason": f"{'; '.join(lacking)}: not a candidate" if lacking else "; ".join(reasons),
         }
         rows.append(row)
     return pd.DataFrame(rows, columns=list(SELECTION.names))
 
 
 def sensitivity(candidates: Sequence[Candidate]) -> pd.DataFrame:
-    """Who is best at each weight on coherence, and in which share of bootstrap draws."""
-    paired = all(np.isfinite(found.estimates["pairwise_slope"]) for found in candidates)
-    steer = "pairwise_slope" if paired else "rating_slope"
+    """Who is best at each weight on coherence, and in which share of bootstrap draws; nobody where no candidate has both figures."""
+    steer = deciding_slope(candidates)
+    usable = [place for place, found in enumerate(candidates) if found.has("coherence_auc", steer)]
     rows = []
     for weight in WEIGHTS:
         scores = combined(candidates, steer, weight)
-        shares = np.ones(1) if len(candidates) == 1 else winners(combined(candidates, steer, weight, of_draws=True))
-        best = 0 if len(candidates) == 1 else int(np.nanargmax(scores)) if np.isfinite(scores).any() else -1
+        shares = selected_shares(candidates, steer, weight)
+        best = usable[0] if len(usable) == 1 else int(np.nanargmax(scores)) if np.isfinite(scores).any() else -1
         for place, found in enumerate(candidates):
             keys = {"weight": weight, "site": found.site, "epoch": found.epoch}
             rows.append({**keys, "score": scores[place], "best": place == best, "share": float(shares[place])})

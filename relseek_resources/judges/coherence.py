@@ -34,10 +34,16 @@ class Damaged:
 
 
 def damage(texts: Sequence[str], seed: int) -> list[Damaged]:
-    """Each text intact, with a quarter, half and all of its words shuffled, and looped to the same length."""
+    """Each text of two words or more intact, with a quarter, half and all of its words shuffled, and looped to the same length.
+
+    Raises:
+        ValueError: no text has two words, so that there is nothing to calibrate on.
+    """
     found = []
     for source, text in enumerate(texts):
         words = text.split()
+        if len(words) < 2:
+            continue  # one word has no order to lose
         generator = np.random.Generator(np.random.PCG64([seed, source]))
         found.append(Damaged(source, "intact", text, 1.0))
         for share in SHUFFLED:
@@ -49,6 +55,8 @@ def damage(texts: Sequence[str], seed: int) -> list[Damaged]:
         start = int(generator.integers(max(1, len(words) - LOOP)))
         loop = (words[start : start + LOOP] * (len(words) // LOOP + 1))[: len(words)]
         found.append(Damaged(source, "looped", " ".join(loop), 0.0))
+    if not found:
+        raise ValueError(f"none of the {len(texts)} replies to calibrate coherence on has two words with a space between; write longer ones")
     return found
 
 

@@ -108,6 +108,13 @@ def test_damage_depends_on_the_seed_and_not_on_the_other_texts(replies: list[str
     assert texts(coherence.damage(replies[:2], seed=4)) != texts(few)
 
 
+def test_a_text_of_one_word_is_not_damaged_and_the_others_keep_their_place(replies: list[str]) -> None:
+    found = coherence.damage(["Sure!", "", replies[2]], seed=3)
+    assert found == [item for item in coherence.damage(replies[:3], seed=3) if item.source == 2]
+    with pytest.raises(ValueError, match="none of the 2 replies to calibrate coherence on has two words"):
+        coherence.damage(["Sure!", ""], seed=3)
+
+
 def test_the_truth_is_one_for_intact_and_nothing_for_the_worst() -> None:
     truth = {item.kind: item.coherence for item in coherence.damage(["a b c d e f g h"], seed=1)}
     assert truth == {"intact": 1, "shuffled 0.25": 0.75**2, "shuffled 0.5": 0.25, "shuffled 1": 0, "looped": 0}

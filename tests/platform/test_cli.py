@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from relseek_assets.cli import main
-from relseek_assets.study import load_study
+from relseek_assets.definitions import build_stage
+from relseek_assets.study import load_study, study_names
 
 
 def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -148,3 +149,54 @@ def test_the_report_is_one_page_that_needs_nothing_from_outside(finished: Any) -
     with finished.workspace() as workspace:
         version = workspace.lineage().version(workspace.stage.key("selection"), None)
     assert version in text, "the page names the data version of what it shows"
+
+
+def test_a_failed_check_is_said_by_run_and_status_until_it_passes(blank: Any) -> None:
+    file = blank.behaviour / "conversations.jsonl"
+    balanced = file.read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in balanced.splitlines()]
+    for row in rows:
+        for turn in row["turns"]:
+            turn["target"] += " indeed" * 20
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    first = blank.command("run", "STUDY", "--select", "preference_pairs")
+    assert first.exit_code == 0, first.output
+    again = blank.command("run", "STUDY", "--select", "preference_pairs")
+    assert "nothing to compute" in again.output
+    for shown in (first, again, blank.command("status", "STUDY")):
+        (line,) = [line for line in shown.output.splitlines() if "length_balance" in line]
+        assert line.startswith("check failed: starter_conversations length_balance: Target and anti-target replies have the same mean length")
+        assert "ratio: 1." in line
+    file.write_text(balanced, encoding="utf-8")
+    assert "length_balance" not in blank.command("run", "STUDY", "--select", "preference_pairs").output
+
+
+NO_REPORT = """
+name = "borrowed"
+kind = "bipo"
+behaviours = ["relationship_seeking"]
+
+[[models]]
+name = "m"
+source = "someone/Tiny-Model"
+width = 32
+layers = [1]
+epochs_trained = 1
+epochs_evaluated = [1]
+
+[published]
+vectors = true
+"""
+
+
+def test_a_study_without_a_report_is_refused_with_those_that_have_one(blank: Any) -> None:
+    file = blank.folder / "borrowed.toml"
+    file.write_text(NO_REPORT)
+    shown = blank.command("report", file)
+    assert shown.exit_code == 2
+    stages = {name: build_stage(load_study(name)) for name in study_names()}
+    having = [name for name, stage in stages.items() if {"report", "trial_report"} & stage.catalogue.keys()]
+    assert f"study borrowed has no report; of the studies that ship with relseek {', '.join(having)} have one" in shown.output
+    assert blank.stored() == {}
+    with blank.workspace() as workspace:
+        assert workspace.instance.get_runs() == []

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from safetensors.numpy import save_file
 
 from relseek_assets.exchange import read_asset
 from relseek_assets.study import StudyError, load_study
+from relseek_assets.sweeps.assets import sweep_items
 
 WIDTH = 32  # of the tiny model's residual stream
 
@@ -295,3 +297,38 @@ def test_a_file_size_limit_leaves_the_partition_as_it_was(finished: Any, tmp_pat
     short = tmp_path / "short.jsonl"
     short.write_text(json.dumps({**row, "reply": "Short."}) + "\n")
     assert finished.command("import", "generations", "STUDY", short).exit_code == 0
+
+
+# --- studies too small ------------------------------------------------------------------------------------------------
+
+
+def keep_conversations(platform: Any, a_type: int, types: int) -> None:
+    file = platform.behaviour / "conversations.jsonl"
+    by_type: dict[str, list[str]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        by_type.setdefault(json.loads(line)["type"], []).append(line)
+    file.write_text("".join(f"{line}\n" for lines in list(by_type.values())[:types] for line in lines[:a_type]), encoding="utf-8")
+
+
+def test_a_study_that_can_hold_no_conversation_out_says_what_to_write(blank: Any) -> None:
+    keep_conversations(blank, a_type=1, types=8)
+    message = refused(blank, "run", "STUDY", "--select", "preference_pairs")
+    assert "study tiny: none of 8 conversations can be held out" in message
+    assert "conversations.jsonl" in message
+
+
+def test_a_study_that_holds_every_conversation_out_names_the_share(blank: Any) -> None:
+    keep_conversations(blank, a_type=2, types=3)
+    blank.edit("[pairs]\n", "[pairs]\nheldout_share = 0.9\n")
+    message = refused(blank, "run", "STUDY", "--select", "preference_pairs")
+    assert "study tiny: all 6 conversations are held out" in message
+    assert "lower pairs.heldout_share (0.9)" in message
+
+
+def test_a_sweep_without_a_prompt_short_enough_names_the_limit(blank: Any) -> None:
+    assert blank.command("run", "STUDY", "--select", "preference_pairs").exit_code == 0
+    with blank.workspace() as workspace:
+        pairs = read_asset(workspace, "preference_pairs")
+        short = workspace.study.model_copy(update={"prompts": workspace.study.prompts.model_copy(update={"max_words": 1})})
+    with pytest.raises(StudyError, match=r"study tiny: none of the 8 held-out prompts has at most 1 words; raise prompts\.max_words"):
+        sweep_items(SimpleNamespace(study=short, read_table=lambda name: pairs))

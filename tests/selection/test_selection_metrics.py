@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -11,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from relseek_assets import figures
 from relseek_assets.selection import metrics
-from relseek_assets.selection.checks import inversions
+from relseek_assets.selection.checks import inversions, monotone, spans, stays_coherent
 from relseek_assets.selection.metrics import Candidate
+from relseek_resources.storage import StorageError
 
 NINE = tuple(np.linspace(-2, 2, 9))
 SITE = "small:L15"
@@ -268,6 +271,65 @@ def test_equal_candidates_have_no_scores_and_none_is_selected() -> None:
     assert not metrics.sensitivity([given_figures(name, 0.1, 0.1, 0.1) for name in "abc"])["best"].any()
 
 
+def test_a_candidate_without_coherence_leaves_the_others_as_they_are_without_it() -> None:
+    finite = [given_figures(*row, spread=0.05) for row in FIGURES]
+    gone = replace(given_figures("e", np.nan, 9.0, 0.9), gaps={"coherence_auc": (-2.0, 0.5)})
+    alone, beside = metrics.selection(finite), metrics.selection([*finite, gone])
+    pd.testing.assert_frame_equal(beside.head(4).astype({"pareto": bool}), alone)
+    left_out = beside.iloc[4]
+    assert np.isnan(left_out["score"])
+    assert np.isnan(left_out["rating_score"])
+    assert left_out["pareto"] is None
+    assert not left_out["selected"]
+    assert left_out["selected_share"] == 0
+    assert left_out["reason"] == "no coherence at λ = -2, 0.5: not a candidate"
+    assert (beside["candidates"] == 4).all()
+    sure, other = metrics.sensitivity(finite), metrics.sensitivity([*finite, gone])
+    pd.testing.assert_frame_equal(other[other["site"] != "e"].reset_index(drop=True), sure)
+    assert other.loc[other["site"] == "e", "score"].isna().all()
+    assert not other.loc[other["site"] == "e", ["best", "share"]].any(axis=None)
+    figures.pareto(beside)
+
+
+def test_with_one_candidate_that_has_coherence_it_is_the_one_selected() -> None:
+    frame = metrics.selection([given_figures("e", np.nan, 9.0, 0.9), given_figures(*FIGURES[0])])
+    assert list(frame["selected"]) == [False, True]
+    assert list(frame["selected_share"]) == [0, 1]
+    assert list(frame["candidates"]) == [1, 1]
+    assert frame["score"].isna().all()
+    assert "no coherence auc" in frame["reason"][0]
+    assert "one candidate" in frame["reason"][1]
+
+
+@pytest.mark.parametrize("names", ["a", "abc"])
+def test_without_any_coherence_nobody_is_selected_and_every_reason_says_so(names: str) -> None:
+    values = np.full((4, 9), 5.0)
+    silent = values.copy()
+    silent[:, 2] = np.nan
+    candidates = [replace(one_candidate(silent, values), site=name) for name in names]
+    frame = metrics.selection(candidates)
+    assert not frame["selected"].any()
+    assert (frame["candidates"] == 0).all()
+    assert all(reason == "no coherence at λ = -1: not a candidate" for reason in frame["reason"])
+    assert metrics.SELECTION.to_arrow(frame, "selection").num_rows == len(names)
+    figures.pareto(frame)
+    weighed = metrics.sensitivity(candidates)
+    assert not weighed[["best", "share"]].any(axis=None)
+    assert metrics.SELECTION_SENSITIVITY.to_arrow(weighed, "selection_sensitivity").num_rows == 11 * len(names)
+
+
+def test_without_any_candidate_the_error_says_what_to_score() -> None:
+    with pytest.raises(StorageError, match="no candidate: no vector has a rating and a coherence score"):
+        metrics.candidates_of(pd.DataFrame(columns=list(metrics.CANDIDATE_ITEMS.names)), 100, 1)
+
+
+def test_a_draw_that_leaves_one_candidate_without_coherence_counts_for_nobody() -> None:
+    finite = [given_figures(*row, spread=0.05) for row in FIGURES]
+    finite[3].draws["coherence_auc"][:100] = np.nan
+    shares = metrics.selection(finite)["selected_share"]
+    assert shares.sum() == pytest.approx(0.75)
+
+
 def test_intervals_hold_the_middle_95_percent_of_the_draws() -> None:
     found = given_figures("a", 30.0, 1.0, 0.1, spread=0.05)
     frame = metrics.selection([found, given_figures("b", 31.0, 1.2, 0.2, spread=0.05)])
@@ -356,3 +418,34 @@ def test_inversions_are_the_falls_between_neighbouring_doses() -> None:
     assert inversions(curve) == [(1.0, 1.5, False)]
     assert inversions(curve.assign(upper=5.5)) == [(1.0, 1.5, True)]
     assert inversions(curve[curve["multiplier"] <= 1.0]) == []
+
+
+def means(values: dict[float, float]) -> pd.DataFrame:
+    return pd.DataFrame({"multiplier": list(values), "estimate": list(values.values()), "upper": [value + 0.2 for value in values.values()]})
+
+
+@pytest.mark.parametrize(("top", "passed"), [(6.0, True), (5.9, False)])
+def test_the_disposition_has_to_move_by_three_points(top: float, passed: bool) -> None:
+    found, shown = spans(means({-1.0: 3.0, 0.0: 4.0, 1.0: top}))
+    assert found is passed
+    assert shown["span"] == pytest.approx(top - 3)
+
+
+@pytest.mark.parametrize(("low", "passed"), [(8.0, True), (7.9, False)])
+def test_coherence_may_fall_by_a_point_at_small_doses_and_by_more_beyond(low: float, passed: bool) -> None:
+    found, shown = stays_coherent(means({-1.5: 2.0, -1.0: low, 0.0: 9.0, 1.0: 8.9, 2.0: 1.0}))
+    assert found is passed
+    assert (shown["furthest"], shown["at"]) == (pytest.approx(9 - low), -1.0)
+
+
+@pytest.mark.parametrize("values", [{}, {0.0: 5.0}, {0.0: 5.0, 2.0: 5.0}, {-2.0: 5.0, -1.0: 5.0}])
+def test_studies_without_such_doses_do_not_fail(values: dict[float, float]) -> None:
+    for check in (spans, stays_coherent):
+        passed, shown = check(means(values))
+        assert passed
+        assert "not applicable" in shown
+
+
+def test_a_curve_that_falls_twice_is_not_monotone() -> None:
+    assert monotone(means({-1.0: 3.0, 0.0: 4.0, 1.0: 3.9}))[0]
+    assert not monotone(means({-1.0: 3.0, 0.0: 4.0, 1.0: 3.9, 2.0: 3.8}))[0]
