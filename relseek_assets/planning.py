@@ -466,7 +466,7 @@ class Workspace:
         """Who holds the pools that steps of the named assets wait for, a line a run, with the way to free them; nothing where a slot is free."""
         storage = self.instance.event_log_storage
         lines = []
-        for pool in sorted({self.catalogue[name].definition.op.pool for name in names} - {None}):
+        for pool in sorted({pool for name in names if (pool := self.catalogue[name].definition.op.pool)}):
             info = storage.get_concurrency_info(pool)
             if info.claimed_slots and len(info.claimed_slots) >= info.slot_count:
                 for run_id in sorted({slot.run_id for slot in info.claimed_slots}):

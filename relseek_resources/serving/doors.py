@@ -1,4 +1,5 @@
-"""What the vLLM plugin checks before vLLM's own routes see a request: a key wherever something is done, and no steering where it would be dropped.
+"""What the vLLM plugin checks before vLLM's own routes see a request: a key wherever something is done, rate and size, and no steering where it would
+be dropped.
 
 Here belong the ASGI layers of the plugin; its own routes are in `endpoints.py`, and what a request may say where it can be steered in `plugin.py`.
 This module needs no vLLM.
@@ -15,11 +16,27 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from relseek_resources.serving.plugin import ASKED, misread
+from relseek_resources.serving.guard import READING, Bounds, Settings
+from relseek_resources.serving.plugin import ASKED, buried, misread
+from relseek_resources.serving.vectors import Configuration
 
 ROUTED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")  # where plugin.py sees both ways of asking
 OWN = "/v1/relseek"
-READING = ("GET", "HEAD", "OPTIONS")
+# Fields that routes read and in which others' words stand: texts, the schemas of tools and of replies.
+CONTENT = frozenset(
+    {"messages", "input", "prompt", "tools", "tool_choice", "functions", "response_format", "structured_outputs", "output_config", "text"}
+)
+CONTENT |= {"chat_template_kwargs", "mm_processor_kwargs", "media_io_kwargs", "documents"}
+
+
+def hang(app: Any, keys: Sequence[str], configuration: Configuration | None) -> None:
+    """Put the doors before an application's routes, the outermost last. Without a configuration, on a server that steers nobody, rate and size are
+    vLLM's own affair."""
+    app.add_middleware(NoSteeringElsewhere)
+    if configuration is not None:
+        settings = Settings(keys=tuple(keys), rate=configuration.rate, body=configuration.body, patience=configuration.patience)
+        app.add_middleware(Bounds, settings=settings)
+    app.add_middleware(KeyEverywhere, keys=keys)
 
 
 def refused(message: str, status: int = 400) -> JSONResponse:
@@ -64,13 +81,12 @@ class NoSteeringElsewhere:
         if scope["type"] != "http" or scope["method"] != "POST" or path.startswith(ROUTED) or path.startswith(OWN):
             await self.app(scope, receive, send)
             return
-        messages, body, more = [], b"", True
+        messages, more = [], True
         while more:
             message = await receive()
             messages.append(message)
-            body += message.get("body", b"")
             more = message["type"] == "http.request" and message.get("more_body", False)
-        if asks(body):
+        if asks(b"".join(message.get("body", b"") for message in messages)):
             await refused(f"steering: {path} cannot be steered; use {', '.join(ROUTED)}")(scope, receive, send)
             return
         pending = iter(messages)
@@ -91,4 +107,6 @@ def asks(body: bytes) -> bool:
         return False
     xargs = content.get("vllm_xargs")
     words = xargs if isinstance(xargs, Mapping) else {}
-    return content.get("custom") is not None or ASKED in words or bool(misread(content) or misread(words))
+    if content.get("custom") is not None or ASKED in words or misread(content) or misread(words):
+        return True
+    return bool(buried({name: value for name, value in content.items() if name not in CONTENT}))

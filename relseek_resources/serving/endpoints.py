@@ -22,8 +22,8 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from relseek_resources.serving import chat, liveness
-from relseek_resources.serving.doors import OWN, KeyEverywhere, NoSteeringElsewhere, keys_of, refused
-from relseek_resources.serving.plugin import ASKED
+from relseek_resources.serving.doors import OWN, hang, keys_of, refused
+from relseek_resources.serving.plugin import ASKED, configuration_here
 from relseek_resources.serving.requests import SteeringError
 from relseek_resources.serving.vectors import Vectors
 
@@ -39,8 +39,7 @@ class Endpoints:
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(router)
         app.router.routes.extend(chat.page_routes())
-        app.add_middleware(NoSteeringElsewhere)
-        app.add_middleware(KeyEverywhere, keys=keys_of(getattr(app.state, "args", None)))
+        hang(app, keys_of(getattr(app.state, "args", None)), configuration_here())
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Check that the workers hold the vectors that the front end offers; a file that changed during the start would part them."""

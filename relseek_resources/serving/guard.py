@@ -1,7 +1,7 @@
 """Who may ask a server, how often and how much: checked before a route sees a request.
 
-Here belong keys, rates, sizes and the shape of a refusal, for the embedded engine's server and the one of a trial's arms alike. This module needs no
-model and no torch.
+Here belong keys, rates, sizes and the shape of a refusal, for the embedded engine's server, the one of a trial's arms and vLLM's alike. This module
+needs no model and no torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse
 from relseek_resources.serving.vectors import ServingError
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
+READING = ("GET", "HEAD", "OPTIONS")
 DRAINED = 64 << 20  # bytes of a refused body that are read and dropped, so that its sender sees the refusal
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -108,11 +109,44 @@ class Guard:
             return client if scope["method"] == "POST" else None
         if not self.keys:
             return client
-        kind, _, key = headers.get(b"authorization", b"").partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
-        if kind.lower() != b"bearer" or not any(hmac.compare_digest(digest, known) for known in self.keys):
+        found = key_of(headers, self.keys)
+        if found is None:
             raise Refusal(401, "this server needs a key: Authorization: Bearer KEY", code="invalid_api_key", headers={"www-authenticate": "Bearer"})
-        return digest.hex()
+        return found
+
+
+def key_of(headers: dict[bytes, bytes], known: Sequence[bytes]) -> str | None:
+    """What stands for the key that a request carries; None where it carries none whose digest is known."""
+    kind, _, key = headers.get(b"authorization", b"").partition(b" ")
+    digest = hashlib.sha256(key.strip()).digest()
+    return digest.hex() if kind.lower() == b"bearer" and any(hmac.compare_digest(digest, one) for one in known) else None
+
+
+class Bounds:
+    """Rate, size and time alone, before a server that checks keys and content by itself. What only reads, and not under `/v1`, is not counted:
+    a machine asks for health and metrics by the clock."""
+
+    def __init__(self, app: Any, settings: Settings) -> None:
+        self.app, self.settings, self.buckets = app, settings, Buckets(settings.rate)
+        self.keys = [hashlib.sha256(key.encode()).digest() for key in settings.keys]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        reading = scope["method"] in READING
+        try:
+            if not reading or scope["path"].startswith("/v1"):
+                self.buckets.take(key_of(headers, self.keys) or (scope["client"][0] if scope.get("client") else ""))
+            if not reading:
+                receive = _replayed(await read_body(headers, receive, self.settings), receive)
+        except Refusal as refusal:
+            await refusal.answer()(scope, receive, send)
+            return
+        except ClientDisconnect:
+            return
+        await self.app(scope, receive, send)
 
 
 class Buckets:

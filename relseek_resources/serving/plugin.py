@@ -10,13 +10,16 @@ Three places are touched, each by wrapping a method or registering a hook:
     a worker's runner   before each batch: which token is steered how (`Tables.prepare`)
     a worker's model    after each block: the op, on the block's own output
 
-vLLM's settings by which tokens reach a block in another order, or blocks are reused without regard to the salt, are refused at the start.
+An API server that was started without the plugin's routes (`endpoints.py`) is refused, and so are vLLM's settings by which tokens reach a block in
+another order, or blocks are reused without regard to the salt.
+
+Imported by this module is nothing that may be missing beside vLLM: it logs a plugin that cannot be imported, and starts without it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
@@ -28,6 +31,7 @@ from relseek_resources.serving.vectors import Configuration, ServingError, Vecto
 
 ASKED = "relseek"  # in vllm_xargs, what the client writes; under additional_config, the server's configuration
 STEERED = "relseek_steering"  # in extra_args, the canonical form that a worker reads; a client may not write it
+WAYS = ("custom", "vllm_xargs")  # the fields of a body under which steering is asked for
 OTHERS = ("session_id",)  # in vllm_xargs, what vLLM itself reads
 
 # Blocks that return (hidden, residual) with the stream as their sum. Another kind may scale or norm what it returns.
@@ -45,6 +49,7 @@ DEFERRED = {
 
 def register() -> None:
     """The entry point `vllm.general_plugins`. Called in every process, more than once in some."""
+    import vllm.plugins
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
@@ -53,6 +58,7 @@ def register() -> None:
         _wrap(InputProcessor, "__init__", _set_up_front_end)
         _wrap(InputProcessor, "process_inputs", _process_inputs)
         _wrap(WorkerWrapperBase, "init_device", _init_device)  # `init_worker` is running when it loads plugins
+        vllm.plugins.load_endpoint_plugins = _with_endpoints(vllm.plugins.load_endpoint_plugins)
 
 
 def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
@@ -90,6 +96,7 @@ def _unsupported(vllm_config: Any) -> list[tuple[bool, str]]:
         (vllm_config.kv_transfer_config is not None, "a KV connector, which may store blocks without the salt that sets steered ones apart"),
         (bool(cache.kv_sharing_fast_prefill), "--kv-sharing-fast-prefill, which drops tokens between blocks"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism, with which it has not been tried"),
+        (parallel.data_parallel_size > 1, "data parallelism (--data-parallel-size), with which it has not been tried: put replicas behind a router"),
         (vllm_config.speculative_config is not None, "speculative decoding, with which it has not been tried"),
         (vllm_config.lora_config is not None, "LoRA adapters (--enable-lora), with which it has not been tried"),
     ]
@@ -101,6 +108,12 @@ _offered: dict[str, Vectors | None] = {}  # what this process's server offers, f
 _processors: list[Any] = []  # vLLM's custom logits processors, which read words of their own in vllm_xargs
 
 
+def configuration_here() -> Configuration | None:
+    """The configuration of this process's server, None where it steers nobody; an API server has its engine before its routes."""
+    vectors = _offered.get("vectors")
+    return vectors.configuration if vectors is not None else None
+
+
 def _set_up_front_end(original: Callable[..., None], self: Any, vllm_config: Any, *arguments: Any, **options: Any) -> None:
     original(self, vllm_config, *arguments, **options)
     configuration = configured(vllm_config)
@@ -110,6 +123,31 @@ def _set_up_front_end(original: Callable[..., None], self: Any, vllm_config: Any
     if configuration and vllm_config.parallel_config._api_process_count > 1:
         raise ServingError("relseek steers no server with several front-end processes (--api-server-count): one alone knows what is registered")
     _prepare_request_classes()
+
+
+def _with_endpoints(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """vLLM's loading of an API server's endpoint plugins, and then the check; the engine is there by then."""
+
+    @wraps(original)
+    def load(*arguments: Any, **options: Any) -> list[Any]:
+        found = original(*arguments, **options)
+        check_endpoints(found)
+        return found
+
+    return load
+
+
+def check_endpoints(attached: Iterable[Any]) -> None:
+    """Refuse a steering API server without the plugin's endpoints: other routes would drop a request for steering, and nothing checks the workers.
+
+    Raises:
+        ServingError: vLLM attached others alone; it attaches none that VLLM_PLUGINS does not name.
+    """
+    if _offered.get("vectors") is not None and ASKED not in {getattr(one, "name", None) for one in attached}:
+        raise ServingError(
+            "this server is configured for steering, and vLLM has not attached relseek's endpoints to it: set VLLM_PLUGINS=relseek, beside other "
+            "plugins where there are any; where it names relseek already, vLLM's log says above why they could not be loaded"
+        )
 
 
 def _process_inputs(original: Callable[..., Any], self: Any, request_id: str, prompt: Any, params: Any, *arguments: Any, **options: Any) -> Any:
@@ -158,6 +196,29 @@ def misread(words: Mapping[str, Any], *known: str) -> str:
     return next((word for word in words if word not in known and any(part in word.lower() for part in ("relseek", "steer"))), "")
 
 
+def buried(fields: Mapping[str, Any]) -> str:
+    """The first word, at whatever depth below fields that nobody reads, with which steering is asked for; empty for none.
+
+    Labels, strings under `metadata`, ask for nothing. No recursion: JSON may be nested deeper than Python's own stack.
+    """
+    waiting = [_unlabelled(name, value) for name, value in fields.items()]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += value
+        elif isinstance(value, Mapping):
+            if word := next((word for word in value if word in WAYS), "") or misread(value):
+                return word
+            waiting += [_unlabelled(name, held) for name, held in value.items()]
+    return ""
+
+
+def _unlabelled(name: str, value: Any) -> Any:
+    if name == "metadata" and isinstance(value, Mapping):
+        return {label: held for label, held in value.items() if not isinstance(held, str)}
+    return value
+
+
 def check_words(beside: Mapping[str, Any], xargs: Mapping[str, Any], vectors: Vectors | None, processors: Sequence[Any] = ()) -> None:
     """Refuse what vLLM would drop without a word, so that a misspelt request is not answered by the plain model.
 
@@ -170,9 +231,10 @@ def check_words(beside: Mapping[str, Any], xargs: Mapping[str, Any], vectors: Ve
     Raises:
         SteeringError: naming the word.
     """
-    held = (word for name, value in beside.items() if name != "custom" and isinstance(value, Mapping) for word in value)
-    if word := misread(beside) or next((word for word in held if word in (ASKED, "steer_multiplier")), ""):
-        raise SteeringError(f"{word[:100]}: write it into vllm_xargs.{ASKED}, as JSON text, or into custom.steer_multiplier")
+    if word := misread(beside) or buried({name: value for name, value in beside.items() if name != "custom"}):
+        raise SteeringError(
+            f"{word[:100]}: write it into vllm_xargs.{ASKED}, as JSON text, or into custom.steer_multiplier, either at the top of the body"
+        )
     unknown = sorted(set(xargs) - {ASKED, STEERED, *OTHERS})
     if unknown and vectors is not None and not processors:
         raise SteeringError(f"vllm_xargs: unknown {', '.join(map(requests.shown, unknown[:5]))}; steering is asked for in vllm_xargs.{ASKED}")
@@ -226,7 +288,7 @@ def _without_steering(original: Callable[..., Any], self: Any, *arguments: Any, 
     from vllm.exceptions import VLLMValidationError
 
     beside, xargs = self.model_extra or {}, self.vllm_xargs or {}
-    if ASKED in xargs or "custom" in beside or misread(beside) or misread(xargs):
+    if ASKED in xargs or "custom" in beside or misread(beside) or misread(xargs) or buried(beside):
         raise VLLMValidationError("steering: beam search cannot be steered", parameter="use_beam_search")
     return original(self, *arguments, **options)
 

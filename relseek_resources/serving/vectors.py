@@ -20,10 +20,17 @@ from typing import Any
 import numpy as np
 
 from relseek_resources.serving.requests import Limits, SteeringError, shown
-from relseek_resources.vector_files import VectorFileError, read_vectors
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@+-]{0,99}")
 SLACK = 16 << 20  # bytes of a file beyond its numbers
+NUMBERS: dict[str, Any] = {
+    "dose_limit": int | float,
+    "threshold_limit": int | float,
+    "capacity": int,
+    "rate": int,
+    "body": int,
+    "patience": int | float,
+}
 
 
 class ServingError(ValueError):
@@ -36,7 +43,8 @@ class Configuration:
 
     `folder`: vectors are read from it and from nowhere else. `vectors`: files in it by name, offered from the start. `default`: what
     `custom.steer_multiplier` doses, `{"vector": name}` and, where its file does not say it, `"layers"`. `layers`: the blocks after which requests may
-    steer, all unless given; fewer cost less. `capacity`: vectors that fit, each block of a vector counted.
+    steer, all unless given; fewer cost less. `capacity`: vectors that fit, each block of a vector counted. `rate`, `body`, `patience`: as in
+    `guard.Settings`, which the embedded engine's server has instead.
     """
 
     folder: Path | None = None
@@ -45,15 +53,18 @@ class Configuration:
     layers: tuple[int, ...] | None = None
     limits: Limits = field(default_factory=Limits)
     capacity: int = 512
+    rate: int = 0
+    body: int = 16 << 20
+    patience: float = 30.0
 
     @classmethod
     def from_json(cls, content: Any) -> Configuration:
-        """Read `{"folder", "vectors", "default", "layers", "dose_limit", "threshold_limit", "capacity"}`, each optional.
+        """Read `{"folder", "vectors", "default", "layers", "dose_limit", "threshold_limit", "capacity", "rate", "body", "patience"}`, each optional.
 
         Raises:
             ServingError: an unknown setting, or one of another type.
         """
-        known = {"folder", "vectors", "default", "layers", "dose_limit", "threshold_limit", "capacity"}
+        known = {"folder", "vectors", "default", "layers", *NUMBERS}
         if not isinstance(content, Mapping) or not set(content) <= known:
             found = sorted(set(content) - known) if isinstance(content, Mapping) else shown(content)
             raise ServingError(f"relseek's configuration is an object of {', '.join(sorted(known))}; got {found}")
@@ -66,11 +77,11 @@ class Configuration:
             raise ServingError("relseek's configuration: `default` has a `vector` by name and, where its file does not name the block, `layers`")
         if layers is not None and not (isinstance(layers, list) and layers and all(type(layer) is int for layer in layers)):
             raise ServingError("relseek's configuration: `layers` is a list of blocks, counted from 0")
-        numbers = {name: content[name] for name in ("dose_limit", "threshold_limit", "capacity") if name in content}
+        numbers = {name: content[name] for name in NUMBERS if name in content}
         for name, value in numbers.items():
-            kinds = int if name == "capacity" else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
-                raise ServingError(f"relseek's configuration: `{name}` must be a positive number, got {shown(value)}")
+            if isinstance(value, bool) or not isinstance(value, NUMBERS[name]) or not (0 < value < math.inf or (name == "rate" and value == 0)):
+                whole = "a whole number" if NUMBERS[name] is int else "a number"
+                raise ServingError(f"relseek's configuration: `{name}` must be {whole} above 0, or 0 for no `rate`, got {shown(value)}")
         return cls(
             folder=Path(content["folder"]) if isinstance(content.get("folder"), str) else None,
             vectors=dict(vectors),
@@ -78,6 +89,9 @@ class Configuration:
             layers=tuple(sorted(set(layers))) if layers is not None else None,
             limits=Limits(float(numbers.get("dose_limit", Limits.dose)), float(numbers.get("threshold_limit", Limits.threshold))),
             capacity=numbers.get("capacity", cls.capacity),
+            rate=numbers.get("rate", cls.rate),
+            body=numbers.get("body", cls.body),
+            patience=float(numbers.get("patience", cls.patience)),
         )
 
 
@@ -151,6 +165,8 @@ class Vectors:
             SteeringError: a file outside the folder (links followed) or of another kind than safetensors, an unreadable one, another width, NaN, a
                 name that stands for something else already, more vectors than fit.
         """
+        from relseek_resources.vector_files import VectorFileError, read_vectors  # needs pandas and pyarrow: see `plugin.py`
+
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise SteeringError(f"name {shown(name)}: 1 to 100 letters, digits and _ . : @ + -, the first a letter or digit")
         path = self._inside(file)

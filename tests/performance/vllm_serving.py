@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ Way = Callable[[], dict[str, float]]
 
 def comparisons() -> list[Comparison]:
     if importlib.util.find_spec("vllm") is None:
-        print("vLLM: not installed: make serve-env")
+        print("serving: vLLM is not installed: make serve-env")
         return []
     with tempfile.TemporaryDirectory() as folder:
         files = written(Path(folder))
@@ -84,7 +84,14 @@ def compared(ways: Mapping[str, Way], pairs: Sequence[tuple[str, str]], *, round
     for name, bursts in found.items():
         each = np.median([took["seconds"] for took in bursts]) / steps
         print(f"  {name:32} {tokens / steps / each:7.1f} tokens/s, {1000 * each:6.1f} ms a token of each request")
-    return [_ratio(found, one, other, clock, tokens, target) for one, other in pairs for clock in ("seconds", "processor")]
+    ratios = [_ratio(found, one, other, clock, tokens, target) for one, other in pairs for clock in ("seconds", "processor")]
+    return [*ratios, *(_each_token(ratio, tokens / steps) for ratio in ratios[::2])]
+
+
+def _each_token(throughput: Comparison, requests: float) -> Comparison:
+    """The same by the time that a token of each of so many requests takes; `ratio` stays other / ours, so that more is better."""
+    ours, other = (1000 * requests / rate for rate in (throughput.ours, throughput.other))
+    return replace(throughput, name=throughput.name.replace("(wall)", "(a token of each)"), ours=ours, other=other, unit="ms")
 
 
 def _ratio(found: Mapping[str, list[dict[str, float]]], one: str, other: str, clock: str, tokens: int, target: float) -> Comparison:
@@ -93,7 +100,7 @@ def _ratio(found: Mapping[str, list[dict[str, float]]], one: str, other: str, cl
     drawn = np.random.default_rng(0).integers(len(ours), size=(RESAMPLED, len(ours)))  # rounds: both of a round are drawn together
     lower, upper = np.quantile(np.median(theirs[drawn], axis=1) / np.median(ours[drawn], axis=1), [0.025, 0.975])
     return Comparison(
-        name=f"vLLM: {one} / {other} ({'wall' if clock == 'seconds' else clock})",
+        name=f"serving: vLLM {one} / {other} ({'wall' if clock == 'seconds' else clock})",
         ours=tokens / float(np.median(ours)),
         other=tokens / float(np.median(theirs)),
         ratio=float(np.median(theirs) / np.median(ours)),

@@ -10,6 +10,15 @@ import numpy as np
 import pytest
 
 from tests.serving.served import Server, serving, written_vectors
+from tests.serving.stored import fill
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Dagster home with the vectors of both of quickstart's sites and no selection."""
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    monkeypatch.delenv("RELSEEK_STORE", raising=False)
+    return fill(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -81,8 +81,10 @@ def written_vectors(folder: Path) -> dict[str, dict[int, np.ndarray]]:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, vectors: Path, *options: str, configuration: dict[str, Any] | None = None) -> Iterator[Server]:
-    """A vLLM server on a free port; it is stopped on every exit."""
+def serving(
+    folder: Path, vectors: Path, *options: str, configuration: dict[str, Any] | None = None, plugins: str | None = "relseek"
+) -> Iterator[Server]:
+    """A vLLM server on a free port; it is stopped on every exit. `plugins` is VLLM_PLUGINS, None to leave it unset."""
     from relseek_resources.models.loading import converted
 
     with socket.socket() as free:
@@ -96,7 +98,8 @@ def serving(folder: Path, vectors: Path, *options: str, configuration: dict[str,
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_WAIT_POLICY": "passive"}
     # Bound by itself, vLLM leaves a core to the front end: the half of a machine with two, and too many for three workers.
     bound = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    environment = {**os.environ, **quiet, **bound, "VLLM_PLUGINS": "relseek"}
+    others = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
+    environment = {**others, **quiet, **bound, **({} if plugins is None else {"VLLM_PLUGINS": plugins})}
     log = folder / "server.log"
     with log.open("w") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)

@@ -1,6 +1,6 @@
 """The vLLM plugin on a running server, against the same model with forward hooks.
 
-A server takes minutes to start on two shared cores; all tests but the last share one.
+A server takes minutes to start on two shared cores; all tests but those at the end share one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import os
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ NEAR_TIE = 1e-4  # nats
 REQUESTS = int(os.environ.get("RELSEEK_SERVED_REQUESTS", "200"))
 PARALLEL_REQUESTS = int(os.environ.get("RELSEEK_PARALLEL_REQUESTS", "60"))  # three workers on two cores: three minutes
 CLIENTS = 32
+COMPILED_RATE = 60  # requests a minute
 Asked = tuple[list[int], list[dict[str, Any]]]  # a prompt and its interventions
 
 
@@ -172,6 +173,8 @@ def test_what_cannot_be_met_is_refused_and_says_so(server: Server, interventions
         ("/v1/chat/completions", {"vllm_xargs": {"relseeks": "[]"}}, "unknown 'relseeks'"),
         ("/v1/chat/completions", {"vllm_xarg": {"relseek": "[]"}}, "write it into vllm_xargs"),
         ("/v1/chat/completions", {"steer_multiplier": 1.5}, "write it into vllm_xargs"),
+        ("/v1/chat/completions", {"extra_body": {"custom": {"steer_multiplier": 1.5}}}, "write it into vllm_xargs"),
+        ("/v1/chat/completions", {"extra_body": {"vllm_xargs": {"relseek": "[]"}}}, "write it into vllm_xargs"),
         ("/v1/chat/completions", {"cache_salt": "relseek:1"}, "the server's own"),
         ("/v1/chat/completions", {"stop": ["\ud800"]}, "surrogate"),
         ("/v1/chat/completions", {"vllm_xargs": {"x": "\ud800"}}, "surrogate"),
@@ -275,3 +278,30 @@ def test_tensor_parallel_serves_the_same(tmp_path: Path, reference: SteeredModel
         worst = compared(server, reference, vector_folder[1], random_requests(PARALLEL_REQUESTS, 5, reference.tokenizer), CLIENTS)
         assert max(worst.values()) < 1e-4
         assert server.ask("/v1/relseek/health")[1]["live"]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory, vector_folder: tuple[Path, Any]) -> Iterator[Server]:
+    """A server as it is started on GPUs, its model compiled, with a rate; eager mode is the other tests' affair."""
+    with serving(tmp_path_factory.mktemp("compiled"), vector_folder[0], configuration={"rate": COMPILED_RATE}) as found:
+        yield found
+
+
+def test_a_compiled_model_serves_the_same(compiled: Server, reference: SteeredModel, vector_folder: tuple[Path, Any]) -> None:
+    assert "enforce_eager=False" in compiled.log.read_text()
+    worst = compared(compiled, reference, vector_folder[1], random_requests(16, 6, reference.tokenizer), 16)
+    assert max(worst.values()) < 1e-4
+
+
+def test_a_rate_holds_on_every_way_in_and_large_bodies_are_refused(compiled: Server) -> None:
+    body = {"model": "smollm2", "prompt": "Hello", "max_tokens": 1}
+    status, answer = compiled.ask("/invocations", b"x" * (50 << 20))
+    assert status == 413 and "larger than" in answer["error"]["message"]
+    statuses = [compiled.ask(path, body)[0] for _ in range(COMPILED_RATE) for path in ("/v1/completions", "/tokenize")]
+    assert set(statuses) == {200, 429}
+    assert compiled.ask("/health")[0] == 200
+
+
+def test_a_server_whose_routes_are_left_out_does_not_start(tmp_path: Path, vector_folder: tuple[Path, Any]) -> None:
+    with pytest.raises(RuntimeError, match="set VLLM_PLUGINS=relseek"), serving(tmp_path, vector_folder[0], "--enforce-eager", plugins=None):
+        pass

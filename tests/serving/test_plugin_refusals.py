@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import subprocess
+import sys
+from functools import reduce
+from pathlib import Path
 from types import SimpleNamespace as Settings
 from typing import Any
 
@@ -18,7 +23,8 @@ from relseek_resources.serving.vectors import Configuration, ServingError
 
 
 def parallel(**changed: Any) -> Any:
-    return Settings(**{"use_ubatching": False, "prefill_context_parallel_size": 1, "pipeline_parallel_size": 1, **changed})
+    alone = {"prefill_context_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1}
+    return Settings(**{"use_ubatching": False, **alone, **changed})
 
 
 def vllm_config(**changed: Any) -> Any:
@@ -41,6 +47,7 @@ def vllm_config(**changed: Any) -> Any:
         ({"parallel_config": parallel(use_ubatching=True)}, "--enable-dbo"),
         ({"parallel_config": parallel(prefill_context_parallel_size=2)}, "prefill context parallelism"),
         ({"parallel_config": parallel(pipeline_parallel_size=2)}, "pipeline parallelism"),
+        ({"parallel_config": parallel(data_parallel_size=2)}, "put replicas behind a router"),
         ({"lora_config": object()}, "--enable-lora"),
         ({"cache_config": Settings(kv_sharing_fast_prefill=True)}, "--kv-sharing-fast-prefill"),
         ({"kv_transfer_config": object()}, "KV connector"),
@@ -52,6 +59,36 @@ def test_a_server_on_which_steering_would_be_wrong_does_not_start(changed: dict[
     with pytest.raises(ServingError) as refusal:
         plugin.configured(vllm_config(**changed))
     assert says in str(refusal.value)
+
+
+@pytest.mark.parametrize("attached", [[], [Settings(name="another")]])
+def test_a_steering_server_without_the_plugins_routes_does_not_start(monkeypatch: pytest.MonkeyPatch, attached: list[Any]) -> None:
+    load = plugin._with_endpoints(lambda *_: attached)
+    monkeypatch.setitem(plugin._offered, "vectors", None)
+    assert load(("generate",)) is attached, "a server that steers nobody needs no routes"
+    monkeypatch.setitem(plugin._offered, "vectors", STEERS)
+    with pytest.raises(ServingError, match="VLLM_PLUGINS=relseek"):
+        load(("generate",))
+    attached.append(Settings(name="relseek"))
+    assert load(("generate",)) is attached
+
+
+def test_the_plugin_is_there_to_refuse_where_reading_a_vector_needs_what_is_missing() -> None:
+    """vLLM starts without a plugin that it cannot import: what its own image lacks must be missed later than that, aloud."""
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(("pandas", "pyarrow", "torch", "starlette", "safetensors")))  # their import fails
+from relseek_resources.serving import plugin
+from relseek_resources.serving.vectors import Configuration, Vectors
+assert plugin.register
+try:
+    Vectors(Configuration.from_json({"folder": sys.argv[1], "vectors": {"a": "a.safetensors"}}), 1, 4)
+except ImportError as error:
+    print(error)
+"""
+    arguments = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    said = subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]).stdout
+    assert "pandas" in said or "pyarrow" in said
 
 
 def test_without_a_configuration_any_setting_goes_and_steering_is_refused() -> None:
@@ -91,6 +128,11 @@ STEERS: Any = object()  # stands for a server's vectors, of which `check_words` 
         ({"Steering": 1}, {}, "Steering: write it into"),
         ({"vllm_xarg": {"relseek": "[]"}}, {}, "relseek: write it into"),
         ({"customs": {"steer_multiplier": 1}}, {}, "steer_multiplier: write it into"),
+        ({"extra_body": {"custom": {"steer_multiplier": 1.5}}}, {}, "custom: write it into"),
+        ({"extra_body": {"vllm_xargs": {"relseek": "[]"}}}, {}, "vllm_xargs: write it into"),
+        ({"body": [{"extra": {"Steering": 1}}]}, {}, "Steering: write it into"),
+        ({"metadata": {"arm": {"relseek": "[]"}}}, {}, "relseek: write it into"),
+        ({"x": reduce(lambda held, _: [held], range(5000), {"steer": 1})}, {}, "steer: write it into"),
     ],
 )
 def test_a_misspelt_request_for_steering_is_refused(beside: dict[str, Any], xargs: dict[str, Any], says: str) -> None:
@@ -101,6 +143,7 @@ def test_a_misspelt_request_for_steering_is_refused(beside: dict[str, Any], xarg
 
 def test_words_that_somebody_reads_are_not_refused() -> None:
     plugin.check_words({"custom": {"steer_multiplier": 1}, "metadata": {"arm": "steered"}}, {"relseek": "[]", "session_id": "a"}, STEERS)
+    plugin.check_words({"metadata": {"steer_arm": "high", "custom": "a label"}}, {}, STEERS)
     plugin.check_words({}, {"ngram_size": 3}, STEERS, processors=["a custom logits processor"])
     plugin.check_words({"other": 1}, {"ngram_size": 3}, None)
 
@@ -114,7 +157,7 @@ def test_a_misspelt_word_is_refused_on_every_way_into_the_engine(word: str) -> N
 # --- before vLLM's own routes -------------------------------------------------------------------------------------------
 
 
-def behind(*keys: str) -> TestClient:
+def hung(*keys: str, **bounds: Any) -> Starlette:
     """A server that answers every request with its body, behind the plugin's doors."""
 
     async def echo(request: Request) -> PlainTextResponse:
@@ -122,9 +165,59 @@ def behind(*keys: str) -> TestClient:
 
     methods = ["GET", "POST", "PUT", "DELETE"]
     app = Starlette(routes=[Route("/{path:path}", echo, methods=methods)])
-    app.add_middleware(doors.NoSteeringElsewhere)
-    app.add_middleware(doors.KeyEverywhere, keys=keys)
-    return TestClient(app)
+    doors.hang(app, keys, Configuration.from_json(bounds))
+    return app
+
+
+def behind(*keys: str, **bounds: Any) -> TestClient:
+    return TestClient(hung(*keys, **bounds))
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/invocations"])
+def test_a_body_that_is_too_large_is_refused_on_every_route(path: str) -> None:
+    client = behind(body=1000)
+    assert client.post(path, content="x" * 1000).text == "x" * 1000
+    answer = client.post(path, content="x" * 1001)
+    assert answer.status_code == 413 and "larger than 1000 bytes" in answer.json()["error"]["message"]
+    assert behind().post(path, content="x" * (Configuration.body + 1)).status_code == 413
+
+
+def test_a_rate_is_that_of_a_key_or_of_an_address_and_what_a_machine_asks_by_the_clock_is_free() -> None:
+    client = behind("one", "two", rate=2)
+    statuses = [client.post("/v1/chat/completions", headers={"authorization": f"Bearer {key}"}).status_code for key in ("one", "one", "one", "two")]
+    assert statuses == [200, 200, 429, 200]
+    refusal = client.get("/v1/relseek/health", headers={"authorization": "Bearer one"})
+    assert refusal.status_code == 429 and 1 <= int(refusal.headers["retry-after"]) <= 30
+    keyless = behind(rate=2)
+    assert [keyless.post("/invocations").status_code for _ in range(3)] == [200, 200, 429]
+    assert {keyless.get(path).status_code for path in ("/health", "/metrics", "/") for _ in range(3)} == {200}
+    assert {behind().post("/v1/chat/completions").status_code for _ in range(20)} == {200}
+
+
+def test_a_body_that_does_not_come_is_not_waited_for() -> None:
+    sent: list[Any] = []
+
+    async def never() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "client": ("127.0.0.1", 1), "query_string": b""}
+    asyncio.run(hung(patience=0.05)(scope, never, send))
+    assert sent[0]["status"] == 408
+
+
+def test_a_server_that_steers_nobody_is_bounded_by_nobody() -> None:
+    app = Starlette()
+    doors.hang(app, (), None)
+    assert doors.Bounds not in [layer.cls for layer in app.user_middleware]
+
+
+@pytest.mark.parametrize("bound", [{"rate": -1}, {"rate": 1.5}, {"rate": True}, {"body": 0}, {"body": "1"}, {"patience": float("inf")}])
+def test_a_bound_that_is_none_is_refused(bound: dict[str, Any]) -> None:
+    with pytest.raises(ServingError, match=f"`{next(iter(bound))}` must be"):
+        Configuration.from_json(bound)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +230,8 @@ def behind(*keys: str) -> TestClient:
         '{"vllm_xargs": {"relseeks": "[]"}}',
         '{"steer_multiplier": 1.5}',
         '{"relseek": []}',
+        '{"extra_body": {"custom": {"steer_multiplier": 1.5}}}',
+        '{"extra_body": {"vllm_xargs": {"relseek": "[]"}}}',
     ],
 )
 def test_a_route_that_cannot_steer_refuses_however_it_is_asked(body: str) -> None:
@@ -145,7 +240,17 @@ def test_a_route_that_cannot_steer_refuses_however_it_is_asked(body: str) -> Non
     assert behind().post("/v1/chat/completions", content=body).text == body, "there the request classes read it"
 
 
-@pytest.mark.parametrize("body", ["", "{", "[1]", '{"messages": "a relseek that can steer"}', '{"vllm_xargs": {"session_id": "a"}}'])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "",
+        "{",
+        "[1]",
+        '{"messages": "a relseek that can steer"}',
+        '{"vllm_xargs": {"session_id": "a"}}',
+        '{"tools": [{"type": "custom", "custom": {"steering_angle": "number"}}]}',
+    ],
+)
 def test_other_bodies_reach_their_route_whole(body: str) -> None:
     assert behind().post("/tokenize", content=body).text == body
 

@@ -21,8 +21,8 @@ WIDTH, BLOCKS, LAYER = 48, 5, 3
 KINDS = {"add": Add, "floor": Floor, "ceiling": Ceiling, "ablate": Ablate}
 
 
-def tables(vectors: np.ndarray, requests: int = 8, tokens: int = 256) -> Tables:
-    made = Tables(tokens=tokens, requests=requests, blocks=BLOCKS, width=WIDTH, capacity=16)
+def tables(vectors: np.ndarray, requests: int = 8, tokens: int = 256, device: str = "cpu") -> Tables:
+    made = Tables(tokens=tokens, requests=requests, blocks=BLOCKS, width=WIDTH, capacity=16, device=device)
     for vector in vectors:
         made.register(digest_of(vector), vector)
     return made
@@ -120,6 +120,41 @@ def test_the_op_works_inside_a_compiled_function() -> None:
         text = canonical([Entry(LAYER, "add", digest_of(vectors[0]), dose)]) if dose else ""
         made.prepare([text], np.array([5]))
         torch.testing.assert_close(compiled(x), x * 3 + 1 + dose * torch.from_numpy(vectors))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_recorded_graph_steers_by_the_tables_of_its_replay(dtype: torch.dtype) -> None:
+    from relseek_resources.serving.steering_op import TABLES
+
+    rng = np.random.default_rng(5)
+    vectors = rng.normal(size=(4, WIDTH)).astype(np.float32)
+    on_cpu, on_gpu = tables(vectors), tables(vectors, device="cuda")
+    number = len(TABLES)
+    TABLES[number] = on_gpu
+    hidden, residual = (torch.zeros(32, WIDTH, dtype=dtype, device="cuda") for _ in range(2))
+    torch.ops.relseek.steer(hidden, residual, LAYER, number)  # compiled before it is recorded
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.ops.relseek.steer(hidden, residual, LAYER, number)
+    steered = 0
+    for _ in range(20):
+        requests = [drawn_entries(rng, vectors) for _ in range(rng.integers(1, 9))]
+        counts = rng.integers(1, 5, size=len(requests))
+        plain = tuple(torch.from_numpy(rng.normal(size=(32, WIDTH)).astype(np.float32)).to(dtype) for _ in range(2))
+        hidden.copy_(plain[0])
+        residual.copy_(plain[1])
+        for one in (on_cpu, on_gpu):
+            one.prepare([canonical(request) for request in requests], counts)
+        graph.replay()
+        before = plain[0].clone()
+        on_cpu.steer(*plain, LAYER)
+        steered += int((plain[0] != before).any(-1).sum())
+        assert torch.equal(hidden.cpu(), plain[0])
+        near = {"rtol": 0, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-4}
+        torch.testing.assert_close(residual.cpu(), plain[1], **near)
+    assert steered > 20
 
 
 @pytest.mark.slow
