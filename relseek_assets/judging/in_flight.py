@@ -31,7 +31,9 @@ from relseek_resources.storage import StorageError, content_version
 
 BATCH, AT_ONCE = "openai_batch", "openai"
 LEDGER = "judge_batches"
+ANY_LEDGER = re.compile(rf"{LEDGER}(-[0-9a-f]{{8}})?\.sqlite")
 JOURNALS = "judge_journals"
+LONGEST_ANSWER = 10.0  # seconds that a look waits for one answer where it may not wait
 ANSWERS = ".answers.jsonl"  # how the prompting experiments' journals end, after a partition's name and that of a judge or author
 
 
@@ -99,6 +101,11 @@ class Asked:
         return tuple(batch for batch in self.batches if batch.in_flight or batch.held)
 
     @property
+    def due(self) -> tuple[Batch, ...]:
+        """Those for which the provider had no room, and which it is time to create again."""
+        return tuple(batch for batch in self.batches if batch.status == "held" and not batch.held)
+
+    @property
     def uncollected(self) -> tuple[Batch, ...]:
         return tuple(batch for batch in self.batches if not batch.collected)
 
@@ -163,19 +170,21 @@ def waiting(study: Study, folder: Path) -> dict[str | None, str]:
     return found
 
 
-def look(study: Study, folder: Path) -> list[str]:
+def look(study: Study, folder: Path, *, seconds: float | None = None) -> list[str]:
     """Ask every endpoint that has something in flight what became of it, one list call each; returns what went wrong, in words.
 
     An endpoint that cannot be reached, one that knows nothing of it, and a key that is not set are such lines and no errors: what is in flight stays
-    so until the next look.
+    so until the next look. With `seconds`, endpoints that do not answer are waited for that long in all, and nothing is sent.
     """
     said: list[str] = []
-    for path, judge in ledgers(study, folder).items():
+    found = ledgers(study, folder)
+    each = None if seconds is None else min(LONGEST_ANSWER, seconds / max(1, len(found)))
+    for path, judge in found.items():
         with Ledger(path) as ledger:
             if all(batch.status in ENDED and (batch.collected or batch.status != "lost") for batch in ledger.batches()):
                 continue
             try:
-                said += poll(ledger, client_of(judge.base_url, judge.key_variable)).warnings
+                said += poll(ledger, client_of(judge.base_url, judge.key_variable), seconds=each).warnings
             except (EndpointError, BatchError) as error:
                 said.append(f"{judge.name}: {error}")
     return said
@@ -229,7 +238,7 @@ def bill(study: Study, folder: Path, kind: str, requests: Iterable[pd.DataFrame]
             continue
         found = totals[judge.name]
         lines.append(found.describe())
-        before = journaled[judge.name].paid_usd if kind == AT_ONCE else _by_batch(folder, judge)
+        before = journaled[judge.name].paid_usd if kind == AT_ONCE else committed(folder, judge)
         if words := refusal(study.name, judge, found.usd, before):
             refusals.append(f"{words}\n{found.describe()}")
     return Bill(sum(found.usd for found in totals.values()), tuple(lines), "\n".join(refusals))
@@ -249,24 +258,26 @@ def allowance(study: Study, judge: LanguageJudge, ledger: Ledger) -> Callable[[f
     """What refuses to have a judge asked by Batch above its budget; for `submit` and `settle`, so that asking again counts too."""
 
     def allow(usd: float) -> None:
-        if words := refusal(study.name, judge, usd, committed(ledger, judge)):
+        if words := refusal(study.name, judge, usd, committed(ledger.path.parent, judge)):
             raise OverBudget(words)
 
     return allow
 
 
-def committed(ledger: Ledger, judge: LanguageJudge) -> float:
-    """What a judge was paid by Batch, and may charge for what it was asked, in USD."""
-    price = batch_price(judge)
-    mine = [total for total in ledger.totals() if total.group.partition("/")[0] == judge.name]
-    return sum(price(total.prompt_tokens, total.completion_tokens) + total.to_come_usd for total in mine)
+def committed(folder: Path, judge: LanguageJudge) -> float:
+    """What a judge was paid by Batch for this study, may still charge, and may have charged for what never came, in USD: by whatever endpoint."""
+    price, mine = batch_price(judge), []
+    for path in sorted(path for path in folder.glob(f"{LEDGER}*.sqlite") if ANY_LEDGER.fullmatch(path.name)):
+        with Ledger(path) as ledger:
+            mine += [total for total in ledger.totals() if total.group.partition("/")[0] == judge.name]
+    return sum(price(total.prompt_tokens, total.completion_tokens) + total.to_come_usd + total.unaccounted_usd for total in mine)
 
 
 def refusal(study: str, judge: LanguageJudge, usd: float, before: float) -> str:
     """Why so much more may not be spent on a judge; nothing where it may."""
     if usd + before <= judge.budget_usd:
         return ""
-    paid = f", after {dollars(before)} that it was paid or may still charge for what is in flight" if before else ""
+    paid = f", after {dollars(before)} that it was paid or may charge for what it was asked, by whatever endpoint" if before else ""
     return (
         f"judge {judge.name!r} of study {study} would cost {dollars(usd)}{paid}, which is above its budget_usd of {dollars(judge.budget_usd)}; "
         "nothing was sent. Raise budget_usd in [[judges]], or ask less: fewer doses, rubrics, examples or attempts, pairwise = false, a cheaper "
@@ -295,14 +306,6 @@ def _in_ledger(folder: Path, judge: LanguageJudge, requests: pd.DataFrame) -> se
         return set()
     with Ledger(path) as ledger:
         return set(ledger.attempts(list(requests["custom_id"])))
-
-
-def _by_batch(folder: Path, judge: LanguageJudge) -> float:
-    path = ledger_path(folder, judge)
-    if not path.is_file():
-        return 0.0
-    with Ledger(path) as ledger:
-        return committed(ledger, judge)
 
 
 @dataclass(frozen=True)

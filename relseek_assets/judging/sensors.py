@@ -18,6 +18,7 @@ from relseek_resources.storage import StorageError, content_version
 NAME = "judge_batches"
 OP = "collect_answers"
 FOLLOWS = "relseek/follows"  # tag of a run: the site and epoch whose answers it collects
+PATIENCE = 20.0  # seconds that a tick waits for endpoints that do not answer; Dagster ends a tick after 60
 ABOUT = "collects answers that are there and computes what follows from them"
 UNFINISHED = [
     dg.DagsterRunStatus.QUEUED,
@@ -40,10 +41,11 @@ def looked(study: Study, folder: Path, instance: dg.DagsterInstance, stage: Stag
     """Ask the endpoints what became of the study's batches, one list call each, and say so in words.
 
     A partition is ready when what it asks was sent, nothing of it is in flight, and its answers are not fresh: they were never collected, or a run
-    died over it, or was about to ask again. An endpoint that is dead and a key that is not set are lines: the next look tries again.
+    died over it, or was about to ask again. One is ready too when it is time to create a batch again for which the provider had no room: a tick
+    sends nothing. An endpoint that is dead or does not answer and a key that is not set are lines: the next look tries again.
     """
     try:
-        faults = in_flight.look(study, folder)
+        faults = in_flight.look(study, folder, seconds=PATIENCE)
         groups = in_flight.asked(study, folder)
     except StorageError as error:
         return Seen({}, (str(error),))
@@ -51,9 +53,11 @@ def looked(study: Study, folder: Path, instance: dg.DagsterInstance, stage: Stag
     ready = {}
     for partition in dict.fromkeys(group.partition for group in groups):
         mine = [group for group in groups if group.partition == partition]
-        if not any(group.awaited for group in mine) and _unanswered(lineage, stage, partition):
+        if (any(group.due for group in mine) or not any(group.awaited for group in mine)) and _unanswered(lineage, stage, partition):
             known = lineage.version(stage.key("judge_answers"), _multi(partition))
-            ready[partition] = content_version([partition, known, *(batch.batch_id or batch.number for group in mine for batch in group.batches)])
+            # one that was held and is held again has to look different, or its key is taken for a run that was started
+            batches = [batch.batch_id or [batch.number, len(batch.former)] for group in mine for batch in group.batches]
+            ready[partition] = content_version([partition, known, *batches])
     shown = [group.text() for group in groups if group.open or group.uncollected]
     if len(open_ := [group for group in groups if group.open]) > 1:
         shown.insert(0, f"{len(open_)} groups in flight, at most {in_flight.dollars(sum(group.to_come_usd for group in open_))} to come")
@@ -92,6 +96,8 @@ def collection(study: Study) -> dg.JobDefinition:
 
         partition = context.op_config["partition"]
         workspace = Workspace(study, context.instance, store=context.resources.store)
+        for line in workspace.look():  # which has the time that a tick has not, and creates what was held
+            context.log.warning(line)
         computed = workspace.follow(partition, context.log.info)
         context.log.info(f"{partition}: {computed} partitions computed")
 

@@ -163,18 +163,24 @@ def _repeated(requests: Sequence[Request]) -> str:
 # --- looking ------------------------------------------------------------------------------------------------------------
 
 
-def poll(ledger: Ledger, client: Any) -> Polled:
+def poll(ledger: Ledger, client: Any, *, seconds: float | None = None) -> Polled:
     """Look at every batch in flight with one list call, and further pages only as far as batches in flight are older.
 
     A batch that is not listed is asked for by its id. One that several looks do not find, minutes apart, becomes `lost`, with a warning; it is in
     flight again if it turns up before it is settled. A batch whose creation was interrupted is adopted when it is seen; one that was created twice
     all the same is cancelled. What was held is created when its time comes.
 
+    Args:
+        seconds: for whoever may not wait, how long to wait for each answer. Then no call is repeated, and what was held is left to the next look that
+            has the time: to create it may take an upload.
+
     Raises:
         BatchError: the provider cannot be reached, or refuses; the ledger is of another endpoint, or nothing of what is in flight is known there,
             which is another account's answer.
     """
     client = speaker(ledger, client)
+    if seconds is not None:
+        client = provider.hurried(client, seconds)
     before = ledger.batches()
     flying = {batch.batch_id: batch for batch in before if batch.in_flight or (batch.status == "lost" and not batch.collected)}
     unsure = [batch for batch in before if batch.status == "creating"]
@@ -182,7 +188,8 @@ def poll(ledger: Ledger, client: Any) -> Polled:
     warnings: list[str] = []
     missing = _look_at(ledger, client, flying, unsure, before, ended, warnings) if flying or unsure else []
     lost = _missed(ledger, client, flying.values(), missing, warnings)
-    _retry_held(ledger, client, before, warnings)
+    if seconds is None:
+        _retry_held(ledger, client, before, warnings)
     for warning in warnings:
         log.warning(warning)
     return Polled(tuple(batch for batch in ledger.batches() if batch.in_flight), tuple(ended), tuple(lost), tuple(warnings))

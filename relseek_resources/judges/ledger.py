@@ -25,7 +25,7 @@ from relseek_resources.storage import StorageError
 PLANNED = ("writing", "written")  # nothing of it has left this machine
 UNSENT = ("writing", "written", "uploading", "uploaded", "creating", "held")  # in this order; the provider knows no batch yet, or may not
 ENDED = ("completed", "expired", "cancelled", "failed", "lost")
-FORMAT = 2
+FORMAT = 3
 AT_ONCE = 1000  # custom_ids in one question
 
 TABLES = """
@@ -42,7 +42,8 @@ CREATE TABLE batches (
     ended REAL, held_until REAL, base_url TEXT, account TEXT, missed INTEGER NOT NULL DEFAULT 0, missed_at REAL,
     prompt_tokens INTEGER NOT NULL DEFAULT 0, completion_tokens INTEGER NOT NULL DEFAULT 0, collected INTEGER NOT NULL DEFAULT 0,
     former TEXT NOT NULL DEFAULT '[]', errors TEXT NOT NULL DEFAULT '[]', strangers INTEGER NOT NULL DEFAULT 0,
-    duplicates INTEGER NOT NULL DEFAULT 0, unreadable_lines INTEGER NOT NULL DEFAULT 0, warnings TEXT NOT NULL DEFAULT '[]'
+    duplicates INTEGER NOT NULL DEFAULT 0, unreadable_lines INTEGER NOT NULL DEFAULT 0, warnings TEXT NOT NULL DEFAULT '[]',
+    unaccounted_usd REAL NOT NULL DEFAULT 0
 );
 CREATE INDEX batches_of_group ON batches ("group");
 CREATE TABLE requests (
@@ -50,7 +51,17 @@ CREATE TABLE requests (
     prompt_tokens INTEGER NOT NULL DEFAULT 0, completion_tokens INTEGER NOT NULL DEFAULT 0, error TEXT, PRIMARY KEY (batch, custom_id)
 ) WITHOUT ROWID;
 CREATE UNIQUE INDEX attempts ON requests (custom_id, attempt);
+CREATE TABLE released (custom_id TEXT PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID;
 """
+
+# From each earlier format to the next: a ledger says what was paid for, so that an old one is read on.
+MIGRATIONS = {
+    2: """
+ALTER TABLE batches ADD COLUMN unaccounted_usd REAL NOT NULL DEFAULT 0;
+UPDATE batches SET unaccounted_usd = estimated_usd WHERE collected AND status = 'lost';
+CREATE TABLE released (custom_id TEXT PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID
+""",
+}
 
 
 @dataclass(frozen=True)
@@ -58,9 +69,10 @@ class Batch:
     """One batch. `status` is the provider's, or one of UNSENT before the provider knows it, or `lost` when it no longer does.
 
     Times are Unix seconds: `intended` when its creation was first tried, `created` by the provider's clock. `completed` and `failed` are the
-    provider's counts of requests, `estimated_usd` is ours, tokens are those of its answers once it is collected. `base_url` and `account` (a hash
-    of the key) say where its creation was tried, `missed` how many looks did not find it, the last of them at `missed_at`. A batch that the provider
-    had no room for is `held` until `held_until` and created again; `former` are the ids of its earlier creations.
+    provider's counts of requests, `estimated_usd` is ours, tokens are those of its answers once it is collected, and `unaccounted_usd` is the part of
+    the estimate that may have been charged without a count of tokens that says so. `base_url` and `account` (a hash of the key) say where its
+    creation was tried, `missed` how many looks did not find it, the last of them at `missed_at`. A batch that the provider had no room for is `held`
+    until `held_until` and created again; `former` are the ids of its earlier creations.
     """
 
     number: int
@@ -98,6 +110,7 @@ class Batch:
     duplicates: int
     unreadable_lines: int
     warnings: list[str]
+    unaccounted_usd: float
 
     @property
     def in_flight(self) -> bool:
@@ -157,12 +170,15 @@ class Group:
 
 
 class Total(NamedTuple):
-    """What a group has cost, in tokens of collected answers, and may still cost: the estimates of its batches that are not collected, in USD."""
+    """What a group has cost, in tokens of collected answers; what it may still cost, the estimates of its batches that are not collected, in USD; and
+    what collected batches may have cost beyond those tokens.
+    """
 
     group: str
     prompt_tokens: int
     completion_tokens: int
     to_come_usd: float
+    unaccounted_usd: float
 
 
 JSON_FIELDS = ("description", "former", "errors", "warnings")
@@ -188,7 +204,7 @@ class Ledger:
         try:
             self._open()
         except sqlite3.OperationalError as error:
-            raise StorageError(f"{self.path}: cannot be used ({error}); its folder has to be writable and to have space") from error
+            raise self._unusable(error) from error
         except sqlite3.DatabaseError as error:
             raise StorageError(f"{self.path}: no ledger of batches ({error}); it says what was paid for, so restore it from a backup") from error
 
@@ -196,16 +212,26 @@ class Ledger:
         # WAL lets the sensor read while a run writes; FULL makes every commit outlive a power cut.
         for setting in ("journal_mode = WAL", "synchronous = FULL", "cache_size = -65536"):
             self._connection.execute(f"PRAGMA {setting}")
-        with self.transaction():
-            version = self._value("PRAGMA user_version")
-            if version == 0:
-                for statement in TABLES.split(";"):
-                    self._connection.execute(statement)
-                self._connection.execute("INSERT INTO about VALUES (?)", (uuid.uuid4().hex,))
-                self._connection.execute(f"PRAGMA user_version = {FORMAT}")
-            elif version != FORMAT:
-                raise StorageError(f"{self.path}: written in format {version}, read here in format {FORMAT}; use the relseek that wrote it")
+        if self._value("PRAGMA user_version") != FORMAT:  # else nothing is locked: a budget is added up while another ledger's lock is held
+            with self.transaction():
+                self._bring_up(int(self._value("PRAGMA user_version")))
         self.id = str(self._value("SELECT ledger FROM about"))
+
+    def _bring_up(self, version: int) -> None:
+        """Make the tables, or those of an earlier format into this one's; inside a transaction of the caller's."""
+        if version == 0:
+            for statement in TABLES.split(";"):
+                self._connection.execute(statement)
+            self._connection.execute("INSERT INTO about VALUES (?)", (uuid.uuid4().hex,))
+        elif version != FORMAT and version not in MIGRATIONS:
+            raise StorageError(f"{self.path}: written in format {version}, read here in format {FORMAT}; use the relseek that wrote it")
+        for earlier in range(version or FORMAT, FORMAT):
+            for statement in MIGRATIONS[earlier].split(";"):
+                self._connection.execute(statement)
+        self._connection.execute(f"PRAGMA user_version = {FORMAT}")
+
+    def _unusable(self, error: sqlite3.OperationalError) -> StorageError:
+        return StorageError(f"{self.path}: cannot be used ({error}); its folder has to be writable and to have space")
 
     def close(self) -> None:
         self._connection.close()
@@ -219,7 +245,10 @@ class Ledger:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """All of what is written inside, or nothing; on disk when it ends."""
-        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            raise self._unusable(error) from error
         try:
             yield
         except BaseException:
@@ -322,9 +351,9 @@ class Ledger:
         return [row[0] for row in self._connection.execute("SELECT DISTINCT base_url FROM batches WHERE base_url IS NOT NULL ORDER BY base_url")]
 
     def totals(self) -> list[Total]:
-        """What every group has cost and may still cost."""
-        query = '''SELECT "group", sum(prompt_tokens), sum(completion_tokens), total(CASE WHEN collected THEN 0.0 ELSE estimated_usd END)
-            FROM batches GROUP BY "group" ORDER BY "group"'''
+        """What every group has cost, may still cost and may have cost."""
+        query = '''SELECT "group", sum(prompt_tokens), sum(completion_tokens), total(CASE WHEN collected THEN 0.0 ELSE estimated_usd END),
+            total(unaccounted_usd) FROM batches GROUP BY "group" ORDER BY "group"'''
         return [Total._make(row) for row in self._connection.execute(query)]
 
     def request_file(self, number: int) -> Path:
@@ -374,9 +403,17 @@ class Ledger:
             "UPDATE requests SET outcome = ?, error = ? WHERE batch = ? AND outcome IS NULL", (reply.outcome, reply.error, number)
         ).rowcount
 
-    def release(self, number: int) -> int:
-        """Take back the claims of a batch that have no outcome, so that they may be asked anew; inside a transaction of the caller's."""
-        return self._connection.execute("DELETE FROM requests WHERE batch = ? AND outcome IS NULL", (number,)).rowcount
+    def release(self, number: int, most: int) -> int:
+        """Take back the claims of a batch that have no outcome, so that they may be asked anew, but of no request more than `most` times; returns how
+        many were; inside a transaction of the caller's.
+        """
+        query = """SELECT custom_id FROM requests WHERE batch = ? AND outcome IS NULL
+            AND custom_id NOT IN (SELECT custom_id FROM released WHERE times >= ?)"""
+        mine = self._connection.execute(query, (number, most)).fetchall()
+        count = "INSERT INTO released VALUES (?, 1) ON CONFLICT (custom_id) DO UPDATE SET times = times + 1"
+        self._connection.executemany(count, mine)
+        self._connection.executemany("DELETE FROM requests WHERE custom_id = ? AND batch = ?", [(*row, number) for row in mine])
+        return len(mine)
 
     def mark_collected(self, number: int, **values: Any) -> None:
         """Close a batch; inside the transaction that wrote its outcomes."""

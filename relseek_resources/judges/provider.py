@@ -64,6 +64,11 @@ def patient(client: Any) -> Any:
     return client.with_options(max_retries=RETRIES)
 
 
+def hurried(client: Any, seconds: float) -> Any:
+    """The client for somebody who may not wait: so many seconds for each answer, and no call is repeated."""
+    return client.with_options(max_retries=0, timeout=seconds)
+
+
 @contextlib.contextmanager
 def speaking(what: str) -> Iterator[None]:
     """Turn what the client raises into a `BatchError` that says what was being done."""

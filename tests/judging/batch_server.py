@@ -71,7 +71,8 @@ class Plan:
 
     end: str = "completed"
     share: float = 0.5
-    blamed: tuple[int, ...] = ()  # lines that validation names, counted from 1, when it fails
+    blamed: tuple[int, ...] = ()  # lines that validation names, counted from 1, when it fails; one may be named more than once
+    general: bool = False  # whether it has something to say of the whole file besides
 
 
 @dataclass
@@ -195,7 +196,7 @@ class BatchServer:
             self.calls: list[str] = []
             self.created: list[tuple[str, str]] = []
             self.strangers: list[str] = []  # custom_ids of lines to add to the next output file
-            self.dialect: set[str] = set()  # no_metadata, no_counts, window, no_file_list
+            self.dialect: set[str] = set()  # no_metadata, no_counts, no_usage, window, no_file_list
             self.forgotten: dict[str, Running] = {}  # batches that look unknown for now
             self.keys: dict[str, str] = {}  # file or batch -> the key of the account that it belongs to, in which alone it is known
             self._numbers = iter(range(1, 10**9))
@@ -296,9 +297,12 @@ class BatchServer:
                 self._fail(batch, problems)
         elif status == "failed":
             room = [{"code": "token_limit_exceeded", "line": None, "message": "Enqueued token limit reached.", "param": None}]
-            lines = [{"code": "invalid_request", "line": line, "message": "This line is malformed.", "param": None} for line in batch.plan.blamed]
+            lines = [
+                {"code": "invalid_request", "line": line, "message": f"This line is malformed: fault {number}.", "param": None}
+                for number, line in enumerate(batch.plan.blamed, start=1)
+            ]
             general = [{"code": "server_error", "line": None, "message": "The batch could not be validated.", "param": None}]
-            self._fail(batch, room if batch.plan.end == "no_room" else lines or general)
+            self._fail(batch, room if batch.plan.end == "no_room" else lines + (general if batch.plan.general else []) or general)
         elif status in ("finalizing", "cancelling", "lost") and not batch.ran:
             self._run(batch)
         if status == "lost":
@@ -375,6 +379,8 @@ class BatchServer:
         finish = "length" if fate == "length" else "stop"
         text = text[: len(text) // 2] if fate == "length" else text
         response = _response(custom_id, text, body, tokens, finish, "I cannot judge that." if fate == "refusal" else None)
+        if "no_usage" in self.dialect:
+            del response["body"]["usage"]
         line = _line(None if fate == "nameless" else custom_id, response, None)
         return True, {"torn": line[: len(line) // 2] + "\n", "twice": line + line}.get(fate, line)
 

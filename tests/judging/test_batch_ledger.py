@@ -305,6 +305,31 @@ def test_a_file_that_is_no_ledger_is_refused_and_left_alone(tmp_path: Path) -> N
         Ledger(newer)
 
 
+def test_an_old_ledger_is_read_on_and_what_it_lost_is_money(tmp_path: Path) -> None:
+    path = tmp_path / "batches.sqlite"
+    with Ledger(path) as ledger:
+        for status in ("lost", "completed"):
+            number = ledger.begin_batch(GROUP, 1).number
+            ledger.claim(number, [(status, 1)])
+            ledger.update_batch(number, status=status, estimated_usd=2.0, collected=1)
+        was = ledger.id
+    old = sqlite3.connect(path)
+    for statement in ("ALTER TABLE batches DROP COLUMN unaccounted_usd", "DROP TABLE released", "PRAGMA user_version = 2"):
+        old.execute(statement)
+    old.close()
+    with Ledger(path) as ledger:
+        assert ledger.id == was and ledger.attempts(["lost", "completed"]).keys() == {"lost", "completed"}
+        assert [batch.unaccounted_usd for batch in ledger.batches()] == [2.0, 0.0]
+        with ledger.transaction():
+            assert ledger.release(1, most=1) == 1
+
+
+def test_what_a_group_cost_is_read_while_another_process_writes(ledger: Ledger) -> None:
+    """Two processes, each allowed money in its own ledger, would else wait for one another's."""
+    with ledger.transaction(), Ledger(ledger.path) as another:
+        assert another.totals() == []
+
+
 def test_rows_are_claimed_in_linear_time(ledger: Ledger) -> None:
     """A quarter of a batch file costs no more when the ledger holds ten of them; the factor allows for a busy machine."""
 

@@ -14,7 +14,7 @@ import pytest
 from batch_server import FORGOTTEN, BatchServer, Fault, Plan
 from openai import OpenAI
 
-from relseek_resources.judges import provider
+from relseek_resources.judges import batch_results, provider
 from relseek_resources.judges.answers import Answer, Reading, Request, read_score
 from relseek_resources.judges.batches import MISSES_APART, BatchError, Settled, Split, Submitted, cancel, describe, poll, settle, submit
 from relseek_resources.judges.ledger import Ledger
@@ -492,6 +492,33 @@ def test_a_failed_validation_blames_its_lines_and_asks_the_others_anew(server: B
     assert list(found) == names(asked)
 
 
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        (Plan("failed", blamed=(2, 2)), "This line is malformed: fault 1.; This line is malformed: fault 2."),
+        (Plan("failed", blamed=(2,), general=True), "This line is malformed: fault 1."),
+    ],
+    ids=["two errors of one line", "one of a line and one of the file"],
+)
+def test_one_bad_line_fails_alone_whatever_else_validation_says(server: BatchServer, send: Send, finish: Finish, plan: Plan, said: str) -> None:
+    server.plans = [plan]
+    asked = questions(5)
+    send(asked)
+    found = rows(finish(asked, attempts=1))
+    assert [row.status for row in found.values()] == ["scored", "failed", "scored", "scored", "scored"]
+    assert found[asked[1].custom_id].error == said and len(server.created) == 2
+
+
+def test_a_provider_that_names_one_line_at_a_time_is_not_asked_for_ever(server: BatchServer, send: Send, finish: Finish) -> None:
+    """As where no line can be answered, an unknown model say, and validation stops at its first error."""
+    server.plans = [Plan("failed", blamed=(1,)) for _ in range(30)]
+    asked = questions(12)
+    send(asked)
+    found = rows(finish(asked, attempts=2))
+    assert {row.status for row in found.values()} == {"failed"} and {row.attempt for row in found.values()} == {1, 2}
+    assert len(server.created) == batch_results.RELEASES + 2
+
+
 def test_a_failed_validation_without_a_line_is_shown_and_tried_again(
     server: BatchServer, send: Send, finish: Finish, ledger: Ledger, client: OpenAI
 ) -> None:
@@ -516,6 +543,9 @@ def test_a_full_account_holds_the_batch_and_uses_no_attempt(
     assert len(server.created) == 1  # its time has not come
     monkeypatch.setattr("relseek_resources.judges.batch_sending.FIRST_HOLD", 0.0)
     ledger.update_batch(held.number, held_until=0.0)
+    server.calls.clear()
+    poll(ledger, client, seconds=5.0)
+    assert server.calls == [], "who may not wait creates nothing"
     found = rows(finish(questions(2), attempts=1))
     assert {(row.status, row.attempt) for row in found.values()} == {("scored", 1)}
     assert len(server.created) == 3 and len(server.files) == 2  # one upload, one output
@@ -718,6 +748,65 @@ def test_what_has_ended_is_collected_though_nobody_wants_it_any_more(server: Bat
     (total,) = ledger.totals()
     charged = [run for runs in server.charges.values() for run in runs]
     assert (total.prompt_tokens, total.completion_tokens, total.to_come_usd) == (sum(run.tokens for run in charged), 5 * len(charged), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("fate", "end", "unaccounted"),
+    [
+        ("good", "completed", 0),
+        ("prose", "completed", 0),
+        ("http_500", "completed", 0),
+        ("good", "expired", 0),
+        ("good", "cancelled", 0),
+        ("good", "failed", 0),
+        ("torn", "completed", 1),
+        ("nameless", "completed", 1),
+        ("silent", "completed", 1),
+        ("torn", "expired", 1),
+        ("good", "lost", 4),
+        ("good", "gone", 4),
+    ],
+)
+def test_the_ledger_knows_of_all_that_the_provider_charged(
+    server: BatchServer, ledger: Ledger, send: Send, client: OpenAI, fate: str, end: str, unaccounted: int
+) -> None:
+    """The bill is in the server's books, the answers that we never got included; a request's estimate is what it costs."""
+
+    def question(number: int) -> Request:
+        body = {"model": "m", "messages": [{"role": "user", "content": "why " * 40 * number}]}
+        return Request(f"r{number}", json.dumps(body), usd=price(len(json.dumps(body)) // 4, 5))
+
+    asked = [question(number) for number in (3, 1, 2, 0)]
+    server.fates[asked[0].custom_id] = [fate]  # the longest
+    server.plans = [Plan("completed" if end == "gone" else end, 0.5)]
+    send(asked)
+    for _ in range(4):
+        with contextlib.suppress(BatchError):
+            poll(ledger, client)
+    if end == "lost":
+        cancel(ledger, client, GROUP)
+    if end == "gone":
+        del server.files[str(ledger.batches()[0].output_file_id)]
+    settled = settle(ledger, client, GROUP, asked, accept, 1)
+    assert settled.complete
+    (total,) = ledger.totals()
+    charged = sum(price(run.tokens, 5) for runs in server.charges.values() for run in runs)
+    known = price(total.prompt_tokens, total.completion_tokens) + total.to_come_usd
+    assert known + total.unaccounted_usd >= charged - 1e-12
+    estimates = sum(request.usd for request in asked)
+    if unaccounted == 1:
+        assert asked[0].usd <= total.unaccounted_usd < estimates
+        assert any("1 requests may have been charged" in warning for warning in settled.warnings)
+    else:
+        assert total.unaccounted_usd == pytest.approx(estimates if unaccounted else 0.0)
+
+
+def test_answers_without_usage_count_by_their_estimate(server: BatchServer, ledger: Ledger, send: Send, finish: Finish) -> None:
+    server.dialect = {"no_usage", "no_counts"}
+    asked = [replace(question, usd=0.25) for question in questions(4)]
+    send(asked)
+    assert {row.status for row in rows(finish(asked)).values()} == {"scored"}
+    assert [total.unaccounted_usd for total in ledger.totals()] == [1.0]
 
 
 def test_people_read_what_is_in_flight(send: Send, ledger: Ledger, client: OpenAI) -> None:
