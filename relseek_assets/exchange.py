@@ -14,18 +14,19 @@ import os
 import re
 import tempfile
 import time
-import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import dagster as dg
 import numpy as np
 import pandas as pd
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
-from relseek_assets.behaviour import FILES, read_rubric
+from relseek_assets.behaviour import FILES, read_rubric, read_rubrics
 from relseek_assets.dataset.pairs import PREFERENCE_PAIRS, evaluation_items
-from relseek_assets.judging.tables import JUDGE_SCORES
 from relseek_assets.partitions import multi_key, step_key
 from relseek_assets.planning import Workspace
 from relseek_assets.stage import StageAsset
@@ -34,7 +35,7 @@ from relseek_assets.sweeps.tables import GENERATIONS
 from relseek_assets.vectors.tables import provenance
 from relseek_resources import storage
 from relseek_resources.models.loading import describe
-from relseek_resources.storage import StorageError
+from relseek_resources.stored_vectors import DERIVED, asset_of
 from relseek_resources.vector_files import read_vectors, write_vectors
 
 CELL = ("site", "epoch", "multiplier")
@@ -122,21 +123,25 @@ def _plain(value: Any) -> Any:
 
 
 def export_vector(workspace: Workspace, site: str, epoch: int, form: str, file: Path) -> str:
-    """Write a site's vector as a file for other programs: with its whole provenance where the format has a place for it.
+    """Write a site's vector, trained or derived, as a file for other programs: with its whole provenance where the format has a place for it.
 
     Raises:
         ExchangeError: no such site or epoch, or it has not been computed.
         VectorFileError: the format has no place for it.
     """
     study = workspace.study
-    partition = _partition(workspace, "steering_vectors", site, epoch, None, str(file))
-    path = workspace.path("steering_vectors", partition)
-    state = workspace.state(workspace.lineage(), ("steering_vectors", partition))
+    asset = asset_of(site, study.derived_sites)
+    partition = _partition(workspace, asset, site, epoch, None, str(file))
+    path = workspace.path(asset, partition)
+    state = workspace.state(workspace.lineage(), (asset, partition))
     if not path.is_file():
-        raise ExchangeError(f"steering_vectors {partition} has not been computed; `relseek run {study.name} --select steering_vectors` does it")
+        raise ExchangeError(f"{asset} {partition} has not been computed; `relseek run {study.name} --select {asset}` does it")
     tensors, header = storage.read_tensors(path)
     vector = tensors["vector"]
-    lineage, key = workspace.lineage(), workspace.stage.key("steering_vectors")
+    if asset == DERIVED:  # its parents may be assets of one name in two studies
+        parents = {header[parent]: header[f"{parent}_version"] for parent in ("from", "removed")}
+    else:
+        parents = workspace.lineage().input_versions(workspace.stage.key(asset), partition)
     written = {
         **header,
         "study": study.name,
@@ -145,20 +150,27 @@ def export_vector(workspace: Workspace, site: str, epoch: int, form: str, file: 
         "norm": repr(float(np.linalg.norm(vector))),
         "vector_sha256": hashlib.sha256(vector.tobytes()).hexdigest(),
         "data_version": state.version or "",
-        "input_versions": json.dumps(lineage.input_versions(key, partition), sort_keys=True),
+        "input_versions": json.dumps(parents, sort_keys=True),
         "relseek": importlib.metadata.version("relseek"),
     }
     model = describe(study.model_of(site).source)
     write_vectors(file, form, {layer_of(site): vector}, written, model.model_type if model else header["model"])
     told = f" ({state.status}: {state.reason})" if state.status == "stale" else ""
-    return f"{study.name}: steering_vectors {partition}{told}, norm {np.linalg.norm(vector):.3f}, is now {file} ({form})"
+    return f"{study.name}: {asset} {partition}{told}, norm {np.linalg.norm(vector):.3f}, is now {file} ({form})"
 
 
 # --- in ---------------------------------------------------------------------------------------------------------------
 
 
-def _record(workspace: Workspace, name: str, partition: str | None, version: str, file: Path, note: str, **more: Any) -> None:
-    """Record an imported partition, with what it stands on now, so that it is not stale the moment it arrives."""
+def _place(workspace: Workspace, name: str, partition: str, write: Callable[[Path], str], file: Path, note: str, **more: Any) -> None:
+    """Put an imported partition in place and record it, with what it stands on now, so that it is not stale the moment it arrives.
+
+    `write` fills a file and returns its data version. The new file is whole before the old one goes, and comes after the event that speaks of it: a
+    process that dies in between leaves a missing partition, which a run computes and the same import finishes, never a file under another's event.
+    """
+    path = workspace.path(name, partition)
+    staged = path.with_name(f".{path.name}.import.tmp")
+    version = write(staged)
     lineage = workspace.lineage()
     key = workspace.stage.key(name)
     metadata = {
@@ -166,11 +178,14 @@ def _record(workspace: Workspace, name: str, partition: str | None, version: str
         "sha256": storage.file_sha256(file),
         "imported_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "note": note,
-        "path": dg.MetadataValue.path(str(workspace.path(name, partition))),
+        "path": dg.MetadataValue.path(str(path)),
         **more,
     }
     event = lineage.materialisation(key, partition, version, lineage.input_tags(key, partition), metadata, source="imported")
+    path.unlink(missing_ok=True)
+    storage._sync_folder(path.parent)
     workspace.instance.report_runless_asset_event(event)
+    os.replace(staged, path)
 
 
 def import_vector(workspace: Workspace, file: Path, site: str, epoch: int, note: str = "") -> str:
@@ -178,8 +193,11 @@ def import_vector(workspace: Workspace, file: Path, site: str, epoch: int, note:
 
     Raises:
         VectorFileError: truncated, no floating point, NaN, another width or shape, or a vector for another block than the site's.
-        ExchangeError: no such site or epoch.
+        ExchangeError: no such site or epoch, or a derived one.
     """
+    derived = workspace.study.derived_sites.get(site)
+    if derived is not None:
+        raise ExchangeError(f"{file}: {site} is made from {derived.site} without another study's direction; import a vector for {derived.site}")
     partition = _partition(workspace, "steering_vectors", site, epoch, None, str(file))
     read = read_vectors(file)
     model = workspace.study.model_of(site)
@@ -191,107 +209,216 @@ def import_vector(workspace: Workspace, file: Path, site: str, epoch: int, note:
         ("note", note),
         ("original_header", json.dumps(dict(read.provenance))),
     ]
-    version = storage.write_tensors(workspace.path("steering_vectors", partition), {"vector": vector}, provenance(site, epoch, "imported", details))
-    _record(workspace, "steering_vectors", partition, version, file, note, norm=float(np.linalg.norm(vector)))
+    header = provenance(site, epoch, "imported", details)
+    with workspace._alone():
+        norm = float(np.linalg.norm(vector))
+        _place(workspace, "steering_vectors", partition, lambda path: storage.write_tensors(path, {"vector": vector}, header), file, note, norm=norm)
     name, maker = workspace.study.name, read.provenance.get("model", model.source)
     told = f"{file.name} (norm {np.linalg.norm(vector):.3f}" + (")" if maker == model.source else f"; made for {maker}, used with {model.source})")
     return f"{name}: steering_vectors {partition} is now {told}; `relseek run {name}` computes what follows"
 
 
 def import_generations(workspace: Workspace, file: Path, note: str = "") -> str:
-    """Put replies made elsewhere in the place of whole partitions of `generations`."""
+    """Put replies made elsewhere in the place of whole partitions of `generations`. What the file does not say of a reply is null.
+
+    Raises:
+        ExchangeError: a study without replies of its own, an unknown site, dose or item, a field that is not what it should be, a reply twice.
+    """
     study = workspace.study
-    known = workspace.path("preference_pairs", None)
-    if not known.is_file():
-        raise ExchangeError(f"the study's items are not known yet; `relseek run {study.name} --select preference_pairs` first")
-    prompts = {
-        row.conversation: [{"role": "system", "content": study.prompts.system}, *row.prompt]
-        for row in evaluation_items(storage.read_table(known, PREFERENCE_PAIRS), study.seed).itertuples()
-    }
-    rows = []
-    for number, row in storage.read_jsonl(file):
-        where = f"{file}, line {number}"
-        _require(row, (*CELL, "item", "reply"), where)
-        if row["item"] not in prompts:
-            raise ExchangeError(
-                f"{where}: item {row['item']!r} is no held-out conversation of the study; generation_metrics needs its target and anti-target replies"
+    if "preference_pairs" not in workspace.catalogue:
+        raise ExchangeError(f"{file}: study {study.name} has no replies of its own; import them into a study that trains and sweeps vectors")
+    with workspace._alone():
+        known = workspace.path("preference_pairs", None)
+        if not known.is_file():
+            raise ExchangeError(f"the study's items are not known yet; `relseek run {study.name} --select preference_pairs` first")
+        prompts = {
+            row.conversation: [{"role": "system", "content": study.prompts.system}, *row.prompt]
+            for row in evaluation_items(storage.read_table(known, PREFERENCE_PAIRS), study.seed).itertuples()
+        }
+        rows = _Rows(workspace, "generations")
+        for number, row in storage.read_jsonl(file):
+            where = f"{file}, line {number}"
+            _require(row, (*CELL, "item", "reply"), where)
+            item = _text(row, "item", where)
+            if item not in prompts:
+                raise ExchangeError(
+                    f"{where}: item {item!r} is no held-out conversation of the study; generation_metrics needs its target and anti-target replies"
+                )
+            ids = _token_ids(row, where)
+            tokens = _maybe(row, "tokens", where, _count)
+            if tokens is not None and ids is not None and tokens != len(ids):
+                raise ExchangeError(f"{where}: tokens is {tokens}, and token_ids holds {len(ids)}; correct one or leave tokens out")
+            rows.add(
+                row,
+                where,
+                {
+                    "item": item,
+                    "prompt": prompts[item] if row.get("prompt") is None else _messages(row["prompt"], where),
+                    "reply": _text(row, "reply", where),
+                    "tokens": len(ids) if ids is not None else tokens,
+                    "seed": _maybe(row, "seed", where, _whole),
+                    "finished": _maybe(row, "finished", where, _flag),
+                    "token_ids": ids,
+                    "mean_log_prob": _maybe(row, "mean_log_prob", where, _log_prob),
+                    "source": "imported",
+                },
             )
-        if not isinstance(row["reply"], str):
-            raise ExchangeError(f"{where}: reply must be text")
-        rows.append(
-            {
-                "site": row["site"],
-                "epoch": _number(row["epoch"], int, "epoch", where),
-                "multiplier": _number(row["multiplier"], float, "multiplier", where),
-                "item": row["item"],
-                "prompt": row.get("prompt") or prompts[row["item"]],
-                "reply": row["reply"],
-                "tokens": int(row.get("tokens") or 0),
-                "seed": row.get("seed"),
-                "finished": row.get("finished"),
-                "token_ids": row.get("token_ids"),
-                "mean_log_prob": row.get("mean_log_prob"),
-                "source": "imported",
-            }
-        )
-    return _import_cells(workspace, "generations", pd.DataFrame(rows, columns=list(GENERATIONS.names)), file, note)
+        return _import_cells(rows, file, note)
 
 
 def import_scores(workspace: Workspace, file: Path, note: str = "") -> str:
-    """Put scores made elsewhere in the place of whole partitions of `judge_scores`."""
-    folder = workspace.study.behaviour_folder
-    rubrics = {rubric.name: rubric for rubric in (read_rubric(folder / FILES["rating_rubric"]), read_rubric(folder / FILES["coherence_rubric"]))}
+    """Put scores made elsewhere in the place of whole partitions of `judge_scores`.
+
+    A row's status is kept. A row with neither score nor status says `empty_reply` where the reply is empty, and `missing` where it is not.
+
+    Raises:
+        ExchangeError: a study without them, an unknown rubric, site or dose, an item that no reply of the partition answers, a score outside the
+            rubric's scale, a status that is unknown or contradicts the score.
+    """
+    study = workspace.study
+    if "judge_scores" not in workspace.catalogue:
+        raise ExchangeError(f"{file}: study {study.name} has no judge_scores; only a study with a behaviour does")
+    folder = study.behaviour_folder
+    found = read_rubrics(folder).values() if study.judges else [read_rubric(folder / FILES[name]) for name in ("rating_rubric", "coherence_rubric")]
+    rubrics = {rubric.name: rubric for rubric in found}
+    with workspace._alone():
+        rows = _Rows(workspace, "judge_scores")
+        statuses = next(column.choices for column in rows.schema.columns if column.name == "status")
+        replies: dict[str, dict[str, str | None]] = {}
+        for number, row in _read_csv(file):
+            where = f"{file}, line {number}"
+            _require(row, (*CELL, "item", "rubric", "judge"), where)
+            if "score" not in row:
+                raise ExchangeError(f"{where}: the column score is missing; add it, and leave it empty where there is no score")
+            if row["rubric"] not in rubrics:
+                raise ExchangeError(f"{where}: rubric {row['rubric']!r} is none of the behaviour's: {', '.join(rubrics)}")
+            rubric = rubrics[row["rubric"]]
+            score = _maybe(row, "score", where, _number)
+            if score is not None and not rubric.scale_min <= score <= rubric.scale_max:
+                raise ExchangeError(f"{where}: score {score:g} lies outside the rubric's {rubric.scale_min:g} to {rubric.scale_max:g}")
+            partition = rows.partition(row, where)
+            if partition not in replies:
+                replies[partition] = _rated(workspace, partition, where)
+            if row["item"] not in replies[partition]:
+                raise ExchangeError(
+                    f"{where}: item {row['item']!r} is none that a reply of {partition} answers; `relseek table {study.name} generations -p "
+                    f"'{partition}'` lists them"
+                )
+            attempt, cost = (_maybe(row, name, where, read) for name, read in (("attempt", _count), ("cost_usd", _usd)))
+            rows.add(
+                row,
+                where,
+                {
+                    **{name: row[name] for name in ("item", "rubric", "judge")},
+                    "score": score,
+                    "status": _status(row, score, replies[partition][row["item"]], statuses, where),
+                    "cost_usd": cost,
+                    "attempt": 1 if attempt is None else attempt,
+                    "band": None if score is None else rubric.band_of(score),
+                    "source": "imported",
+                    **{name: row.get(name) for name in ("raw", "model")},
+                    **{name: _maybe(row, name, where, _count) for name in ("prompt_tokens", "completion_tokens")},
+                },
+            )
+        told = _import_cells(rows, file, note)
+    unscored = pd.Series([row["status"] for row in rows.rows if row["score"] is None]).value_counts()
+    return told + "".join(f"\nwithout a score: {count} `{status}`" for status, count in unscored.items())
+
+
+def _read_csv(file: Path) -> list[tuple[int, dict[str, str | None]]]:
+    """The rows of a CSV with their line numbers; an empty cell is None."""
+    found = []
     try:
         with file.open(encoding="utf-8", newline="") as stream:
-            table = list(csv.DictReader(stream))
-    except (OSError, UnicodeDecodeError) as error:
+            reader = csv.DictReader(stream)
+            for row in reader:
+                if None in row or None in row.values():
+                    beside = "more" if None in row else "fewer"
+                    raise ExchangeError(f"{file}, line {reader.line_num}: {beside} cells than the header has columns; quote cells that hold commas")
+                found.append((reader.line_num, {name: cell or None for name, cell in row.items()}))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ExchangeError(f"{file}: cannot be read as CSV ({error})") from error
-    rows = []
-    for number, row in enumerate(table, 2):
-        where = f"{file}, line {number}"
-        _require(row, (*CELL, "item", "rubric", "judge", "score"), where)
-        if row["rubric"] not in rubrics:
-            raise ExchangeError(f"{where}: rubric {row['rubric']!r} is none of the behaviour's: {', '.join(rubrics)}")
-        score = _number(row["score"], float, "score", where) if row["score"] not in ("", None) else None
-        rubric = rubrics[row["rubric"]]
-        if score is not None and not rubric.scale_min <= score <= rubric.scale_max:
-            raise ExchangeError(f"{where}: score {score:g} lies outside the rubric's {rubric.scale_min:g} to {rubric.scale_max:g}")
-        rows.append(
-            {
-                "site": row["site"],
-                "epoch": _number(row["epoch"], int, "epoch", where),
-                "multiplier": _number(row["multiplier"], float, "multiplier", where),
-                "item": row["item"],
-                "rubric": row["rubric"],
-                "judge": row["judge"],
-                "score": score,
-                "status": "scored" if score is not None else "empty_reply",
-                "cost_usd": _number(row.get("cost_usd") or 0, float, "cost_usd", where),
-                "attempt": 1,
-                "band": None if score is None else rubric.band_of(score),
-                "source": "imported",
-            }
-        )
-    return _import_cells(workspace, "judge_scores", pd.DataFrame(rows, columns=list(JUDGE_SCORES.names)), file, note)
+    return found
 
 
-def _import_cells(workspace: Workspace, name: str, frame: pd.DataFrame, file: Path, note: str) -> str:
+def _rated(workspace: Workspace, partition: str, where: str) -> dict[str, str | None]:
+    """Item -> reply of what a partition's scores are about; no reply is known where published scores are there and their replies are not."""
+    path = workspace.path("generations", partition)
+    if path.is_file():
+        frame = storage.read_table(path, GENERATIONS)
+        return dict(zip(frame["item"], frame["reply"], strict=True))
+    scored = workspace.path("judge_scores", partition)
+    if workspace.study.published.scores and scored.is_file():
+        schema = workspace.catalogue["judge_scores"].schema_of(partition)
+        return dict.fromkeys(storage.read_table(scored, schema)["item"])
+    raise ExchangeError(
+        f"{where}: generations {partition} has not been computed, so that the items are not known; import the replies that were scored, or "
+        f"`relseek run {workspace.study.name} --select generations`, first"
+    )
+
+
+def _status(row: dict[str, Any], score: float | None, reply: str | None, known: Sequence[str], where: str) -> str:
+    status = row.get("status")
+    if status is None:
+        return "scored" if score is not None else "empty_reply" if reply is not None and not reply.strip() else "missing"
+    if status not in known:
+        raise ExchangeError(f"{where}: status {status!r} is unknown; it is one of {', '.join(known)}")
+    if (status == "scored") != (score is not None):
+        beside = "no score" if score is None else f"the score {score:g}"
+        raise ExchangeError(f"{where}: status {status!r} beside {beside}; correct one of the two")
+    return str(status)
+
+
+class _Rows:
+    """Rows of a file on their way into partitions of an asset: none twice, each of a partition that the study has."""
+
+    def __init__(self, workspace: Workspace, name: str) -> None:
+        self.workspace = workspace
+        self.name = name
+        self.schema = workspace.catalogue[name].schema_of(None)
+        self.rows: list[dict[str, Any]] = []
+        self._partitions: dict[tuple[Any, ...], str] = {}
+        self._places: dict[tuple[Any, ...], str] = {}
+
+    def partition(self, row: dict[str, Any], where: str) -> str:
+        """The partition that a row belongs to."""
+        cell = self._cell(row, where)
+        if cell not in self._partitions:
+            self._partitions[cell] = _partition(self.workspace, self.name, *cell, where)
+        return self._partitions[cell]
+
+    def add(self, row: dict[str, Any], where: str, values: dict[str, Any]) -> None:
+        self.partition(row, where)
+        whole = {**dict(zip(CELL, self._cell(row, where), strict=True)), **values}
+        key = tuple(whole[name] for name in self.schema.key)
+        if key in self._places:
+            named = ", ".join(f"{name} {value}" for name, value in zip(self.schema.key, key, strict=True))
+            raise ExchangeError(f"{where}: two rows with the key {named}; the other is {self._places[key]}")
+        self._places[key] = where.rpartition(", ")[2]
+        self.rows.append(whole)
+
+    def _cell(self, row: dict[str, Any], where: str) -> tuple[str, int, float]:
+        return _text(row, "site", where), _whole(row, "epoch", where), _number(row, "multiplier", where) + 0.0
+
+    def parts(self) -> dict[str, pd.DataFrame]:
+        """Partition -> its rows, in the columns of the asset; what a file does not say is null."""
+        frame = pd.DataFrame(self.rows, dtype=object).reindex(columns=list(self.schema.names))
+        return {self._partitions[cell]: part for cell, part in frame.groupby(list(CELL))}
+
+
+def _import_cells(rows: _Rows, file: Path, note: str) -> str:
     """Check every cell first and write afterwards, so that a bad file changes nothing."""
-    if frame.empty:
+    if not rows.rows:
         raise ExchangeError(f"{file}: no rows")
-    schema = workspace.catalogue[name].schema_of(None)
-    frame = frame.reindex(columns=list(schema.names))  # what a file does not say of a language judge's answers is null
-    parts = {
-        _partition(workspace, name, str(site), int(epoch), float(multiplier), str(file)): part
-        for (site, epoch, multiplier), part in frame.groupby(list(CELL))
-    }
+    workspace, name, schema = rows.workspace, rows.name, rows.schema
+    parts = rows.parts()
     for part in parts.values():
         schema.to_arrow(part, str(file))
     for partition, part in parts.items():
-        version = storage.write_table(workspace.path(name, partition), part, schema)
-        _record(workspace, name, partition, version, file, note, **{"dagster/row_count": len(part)})
+        write = partial(storage.write_table, frame=part, schema=schema)
+        _place(workspace, name, partition, write, file, note, **{"dagster/row_count": len(part)})
     study = workspace.study.name
-    return f"{study}: {len(frame)} rows are now {len(parts)} partitions of {name}; `relseek run {study}` computes what follows"
+    return f"{study}: {len(rows.rows)} rows are now {len(parts)} partitions of {name}; `relseek run {study}` computes what follows"
 
 
 def _partition(workspace: Workspace, name: str, site: str, epoch: int, multiplier: float | None, where: str) -> str:
@@ -299,6 +426,9 @@ def _partition(workspace: Workspace, name: str, site: str, epoch: int, multiplie
     sites = [*study.sites, *study.derived_sites]
     if site not in sites:
         raise ExchangeError(f"{where}: site {site!r} is not in {study.path}; its sites are {', '.join(sites)}")
+    derived = study.derived_sites.get(site)
+    if derived is not None and epoch != derived.epoch:
+        raise ExchangeError(f"{where}: {site} has the epoch {derived.epoch} alone, that of the vector it is made from; name that one")
     key = multi_key(site, step_key(epoch, multiplier))
     if str(key) not in [str(found) for found in workspace.partitions(name)]:
         raise ExchangeError(f"{where}: {name} of {study.name} has no partition {key}; add the epoch or dose to {study.path}")
@@ -311,25 +441,107 @@ def _require(row: dict[str, Any], names: Sequence[str], where: str) -> None:
         raise ExchangeError(f"{where}: {', '.join(missing)} is missing; add it")
 
 
-def _number(value: Any, kind: type, name: str, where: str) -> Any:
+def _maybe(row: dict[str, Any], name: str, where: str, read: Callable[[dict[str, Any], str, str], Any]) -> Any:
+    """A field that may be absent, or null."""
+    return None if row.get(name) is None else read(row, name, where)
+
+
+def _text(row: dict[str, Any], name: str, where: str) -> str:
+    if not _writable(row[name]):
+        raise ExchangeError(f"{where}: {name} must be text, found {row[name]!r:.60}")
+    return str(row[name])
+
+
+def _writable(value: Any) -> bool:
+    """Whether a value is text that UTF-8 can hold; JSON may spell half a character."""
     try:
-        found = kind(value)
-    except (TypeError, ValueError) as error:
-        raise ExchangeError(f"{where}: {name} {value!r} is no number") from error
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def _flag(row: dict[str, Any], name: str, where: str) -> bool:
+    if not isinstance(row[name], bool):
+        raise ExchangeError(f"{where}: {name} must be true or false, found {row[name]!r:.60}")
+    return bool(row[name])
+
+
+def _number(row: dict[str, Any], name: str, where: str) -> float:
+    value = row[name]
+    try:
+        found = float("" if isinstance(value, bool) else value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ExchangeError(f"{where}: {name} {value!r:.60} is no number") from error
     if not np.isfinite(found):
         raise ExchangeError(f"{where}: {name} must be finite")
     return found
+
+
+def _whole(row: dict[str, Any], name: str, where: str) -> int:
+    """A whole number, which `3.0` is; to the last digit where it is written without a point."""
+    value = row[name]
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d{1,19}\s*", value, re.ASCII):
+        value = int(value)
+    number = _number(row, name, where)
+    found = value if isinstance(value, int) else int(number)
+    if not number.is_integer() or not -(2**63) <= found < 2**63:
+        raise ExchangeError(f"{where}: {name} must be a whole number of at most 64 bits, found {value!r:.60}")
+    return found
+
+
+def _count(row: dict[str, Any], name: str, where: str) -> int:
+    found = _whole(row, name, where)
+    if found < 0:
+        raise ExchangeError(f"{where}: {name} must be 0 or more, found {found}")
+    return found
+
+
+def _usd(row: dict[str, Any], name: str, where: str) -> float:
+    found = _number(row, name, where)
+    if found < 0:
+        raise ExchangeError(f"{where}: {name} must be 0 or more, found {found:g}")
+    return found
+
+
+def _log_prob(row: dict[str, Any], name: str, where: str) -> float:
+    found = _number(row, name, where)
+    if found > 0:
+        raise ExchangeError(f"{where}: {name} is a mean log-probability and at most 0, found {found:g}")
+    return found
+
+
+def _token_ids(row: dict[str, Any], where: str) -> list[int] | None:
+    ids = row.get("token_ids")
+    if ids is not None and not (
+        isinstance(ids, list) and all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids)
+    ):
+        raise ExchangeError(f"{where}: token_ids must be a list of token numbers, found {ids!r:.60}")
+    return ids
+
+
+def _messages(prompt: Any, where: str) -> list[dict[str, str]]:
+    """Messages before a reply as a chat template takes them: a system message if any, then user and assistant in turn, the user last."""
+    messages: list[Any] = prompt if isinstance(prompt, list) else [None]
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or message.keys() != {"role", "content"} or not _writable(message["content"]):
+            raise ExchangeError(f"{where}: prompt must be a list of messages, each with role and content as text; message {number} is none")
+    turns = [message["role"] for message in messages]
+    turns = turns[1:] if turns[:1] == ["system"] else turns
+    if len(turns) % 2 == 0 or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+        raise ExchangeError(f"{where}: prompt must hold a system message if any, then user and assistant in turn, and end on the user's")
+    return messages
 
 
 # --- difference -------------------------------------------------------------------------------------------------------
 
 
 def difference(one: Workspace, two: Workspace) -> dict[str, list[dict[str, Any]]]:
-    """Settings, data versions and dose-response estimates that differ between two workspaces.
+    """Settings, data versions and estimates that differ between two workspaces.
 
-    An estimate differs when the two values do; `overlap` says whether their intervals do as well.
+    Settings are those that hold, whether a file states them or leaves them as they are. An estimate differs when the two values do; `overlap` says
+    whether their intervals do as well, and is null where there are no two intervals.
     """
-    first, second = _flat(tomllib.loads(one.study.path.read_text())), _flat(tomllib.loads(two.study.path.read_text()))
+    first, second = _flat(_settings(one.study)), _flat(_settings(two.study))
     settings = [
         {"setting": name, "a": first.get(name), "b": second.get(name)}
         for name in sorted(first.keys() | second.keys())
@@ -344,36 +556,81 @@ def difference(one: Workspace, two: Workspace) -> dict[str, list[dict[str, Any]]
     return {"settings": settings, "versions": versions, "estimates": _estimates(one, two)}
 
 
-# Tables of estimates that two studies can be compared by, and what tells their rows apart.
+class _Compared(NamedTuple):
+    """A table of estimates by which two studies are compared: what tells its rows apart, the columns of its estimates, and a row's name in words."""
+
+    keys: Sequence[str]
+    estimates: Sequence[str]
+    named: str
+    ends: Sequence[str] = ("lower", "upper")
+
+
 COMPARED = {
-    "dose_response": ["site", "epoch", "multiplier", "rubric", "judge"],
-    "trial_contrasts": ["study", "outcome", "test_type", "contrast", "variant"],
+    "dose_response": _Compared(
+        ["site", "epoch", "multiplier", "rubric", "judge"], ["estimate"], "{site} epoch {epoch} λ={multiplier:g} {rubric} by {judge}"
+    ),
+    "selection": _Compared(
+        ["site", "epoch"],
+        ["coherence_auc", "rating_slope", "pairwise_slope"],
+        "{site} epoch {epoch} {quantity}",
+        ("{quantity}_lower", "{quantity}_upper"),
+    ),
+    "judge_quality": _Compared(["judge", "metric", "against"], ["value"], "{judge}: {metric} against {against}"),
+    "trial_contrasts": _Compared(["study", "outcome", "test_type", "contrast", "variant"], ["estimate"], "{study} {outcome} {contrast} ({variant})"),
 }
+NUMBERS = ("estimate", "lower", "upper", "n")
 
 
 def _estimates(one: Workspace, two: Workspace) -> list[dict[str, Any]]:
     found = []
-    for asset, keys in COMPARED.items():
-        columns = [*keys, "estimate", "lower", "upper", "n"]
-        frames = []
-        for workspace in (one, two):
-            try:
-                frames.append(read_asset(workspace, asset)[columns] if asset in workspace.catalogue else pd.DataFrame(columns=columns))
-            except (ExchangeError, StorageError):
-                frames.append(pd.DataFrame(columns=columns))
-        merged = frames[0].merge(frames[1], on=keys, how="outer", suffixes=("_a", "_b"))
+    for asset, compared in COMPARED.items():
+        keys = [*compared.keys, "quantity"]
+        tables = [_estimates_of(workspace, asset) for workspace in (one, two)]
+        there = [table for table in tables if table is not None]
+        if not there:
+            continue
+        a, b = (there[0].iloc[:0] if table is None else table for table in tables)
+        merged = a.merge(b, on=keys, how="outer", suffixes=("_a", "_b"))
         merged = merged[merged["estimate_a"].ne(merged["estimate_b"]) & (merged["estimate_a"].notna() | merged["estimate_b"].notna())]
         merged["difference"] = merged["estimate_b"] - merged["estimate_a"]
-        merged["overlap"] = (merged["lower_a"] <= merged["upper_b"]) & (merged["lower_b"] <= merged["upper_a"])
-        found += [{"asset": asset, **{name: _plain(value) for name, value in row.items()}} for row in merged.to_dict("records")]
+        for row in merged.to_dict("records"):
+            bounds = [row[f"{end}_{side}"] for end in ("lower", "upper") for side in ("a", "b")]
+            overlap = None if any(map(np.isnan, bounds)) else row["lower_a"] <= row["upper_b"] and row["lower_b"] <= row["upper_a"]
+            found.append({"asset": asset, **{str(name): _plain(value) for name, value in row.items()}, "overlap": overlap})
     return found
+
+
+def _estimates_of(workspace: Workspace, asset: str) -> pd.DataFrame | None:
+    """A table's estimates one below the other, each with its interval; None where there are none."""
+    compared = COMPARED[asset]
+    if asset not in workspace.catalogue or not any(workspace.path(asset, key).is_file() for key in workspace.partitions(asset)):
+        return None
+    table = read_asset(workspace, asset)
+    parts = []
+    for quantity in compared.estimates:
+        names = [quantity, *(end.format(quantity=quantity) for end in compared.ends), "n"]
+        parts.append(
+            table[compared.keys].assign(quantity=quantity, **{name: table[old].astype(float) for name, old in zip(NUMBERS, names, strict=True)})
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def _settings(value: Any) -> Any:
+    """A validated study as plain values: every setting with the value that holds."""
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        return {field.alias or name: _settings(getattr(value, name)) for name, field in fields.items() if name != "path"}
+    if isinstance(value, dict):
+        return {str(name): _settings(part) for name, part in value.items()}
+    return [_settings(part) for part in value] if isinstance(value, list | tuple) else to_jsonable_python(value)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, dict):
         return {key: item for name, part in value.items() for key, item in _flat(part, f"{prefix}{name}.").items()}
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return {key: item for part in value for key, item in _flat(part, f"{prefix}{part.get('name', '')}.").items()}
+        named = {str(part.get("name") or number): part for number, part in enumerate(value)}
+        return {key: item for name, part in named.items() for key, item in _flat(part, f"{prefix}{name}.").items()}
     return {prefix.rstrip("."): value}
 
 
@@ -388,21 +645,20 @@ def difference_text(found: dict[str, list[dict[str, Any]]]) -> str:
     lines += [f"  {name}: {count} partitions" for name, count in by_asset.items()]
     lines.append(f"estimates that differ: {len(found['estimates'])}")
     for row in found["estimates"]:
-        a, b = (
-            "absent"
-            if row[f"estimate_{side}"] is None
-            else f"{row[f'estimate_{side}']:.2f} [{row[f'lower_{side}']:.2f}, {row[f'upper_{side}']:.2f}] n={row[f'n_{side}']:.0f}"
-            for side in ("a", "b")
-        )
-        apart = "" if row["overlap"] else "  intervals apart"
-        lines.append(f"  {_named(row)}: {a} -> {b}{apart}")
+        there = {side: _estimate_text(row, side) for side in ("a", "b") if row[f"estimate_{side}"] is not None}
+        if len(there) == 2:
+            said = f"{there['a']} -> {there['b']}" + ("  intervals apart" if row["overlap"] is False else "")
+        else:
+            said = " ".join(f"{text}, only in {side.upper()}" for side, text in there.items())
+        lines.append(f"  {COMPARED[row['asset']].named.format(**row)}: {said}")
     return "\n".join(lines)
 
 
-def _named(row: dict[str, Any]) -> str:
-    if row["asset"] == "dose_response":
-        return f"{row['site']} epoch {row['epoch']} λ={row['multiplier']:g} {row['rubric']}"
-    return f"{row['study']} {row['outcome']} {row['contrast']} ({row['variant']})"
+def _estimate_text(row: dict[str, Any], side: str) -> str:
+    """`8.75 [8.50, 9.00] n=4`, without an interval where there is none."""
+    estimate, lower, upper, n = (row[f"{name}_{side}"] for name in NUMBERS)
+    interval = "" if lower is None or upper is None else f" [{lower:.2f}, {upper:.2f}]"
+    return f"{estimate:.2f}{interval}" + ("" if n is None else f" n={n:.0f}")
 
 
 # --- code locations ---------------------------------------------------------------------------------------------------

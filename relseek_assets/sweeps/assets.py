@@ -7,7 +7,7 @@ partitions alone, so the same selection gives the same bytes again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -19,9 +19,10 @@ from relseek_assets import amounts, figures
 from relseek_assets.dataset.pairs import evaluation_items
 from relseek_assets.partitions import cell_of, multi_key, step_key
 from relseek_assets.stage import Stage, Work, plot
-from relseek_assets.study import layer_of
+from relseek_assets.study import StudyError, layer_of
 from relseek_assets.sweeps import tables
 from relseek_resources.models.sampling import Sampling
+from relseek_resources.storage import StorageError
 
 if TYPE_CHECKING:
     from relseek_resources.models import SteeredModel
@@ -30,9 +31,39 @@ GROUP = "sweeps"
 
 
 def sweep_items(work: Work) -> pd.DataFrame:
-    """The held-out prompts of the sweep, with their target and anti-target replies."""
-    items = evaluation_items(work.read_table("preference_pairs"), work.study.seed, work.study.prompts.max_words)
+    """The held-out prompts of the sweep, with their target and anti-target replies.
+
+    Raises:
+        StudyError: `prompts.max_words` leaves none.
+    """
+    pairs, most = work.read_table("preference_pairs"), work.study.prompts.max_words
+    items = evaluation_items(pairs, work.study.seed, most)
+    if items.empty:
+        held = int(pairs["is_item"].sum())
+        raise StudyError(f"study {work.study.name}: none of the {held} held-out prompts has at most {most} words; raise prompts.max_words")
     return items.head(work.study.prompts.count) if work.study.prompts.count else items
+
+
+def heldout_items(work: Work) -> pd.DataFrame:
+    """Those of the sweep, and after them every other held-out prompt: replies from elsewhere may answer any."""
+    swept = sweep_items(work)
+    every = evaluation_items(work.read_table("preference_pairs"), work.study.seed)
+    return pd.concat([swept, every[~every["conversation"].isin(swept["conversation"])]], ignore_index=True)
+
+
+def answered_items(items: pd.DataFrame, replies: Mapping[str | None, pd.DataFrame]) -> pd.DataFrame:
+    """Those of `items`, by conversation, that any of the replies (by partition) answers.
+
+    Raises:
+        StorageError: a reply to none of them.
+    """
+    for partition, frame in replies.items():
+        unknown = sorted(set(frame["item"]) - set(items.index))
+        if unknown:
+            raise StorageError(
+                f"generations {partition}: item {unknown[0]!r} is no held-out conversation of the study any more; import replies to those that are"
+            )
+    return items[items.index.isin({item for frame in replies.values() for item in frame["item"]})]
 
 
 def by_vector(work: Work) -> Iterator[tuple[str, int, list[tuple[float, str | None]]]]:
@@ -112,12 +143,14 @@ def build(stage: Stage) -> None:
         seconds=16 * amounts.scores(study),
     )
     def generation_metrics(work: Work) -> Iterator[dg.AssetMaterialization]:
-        items = sweep_items(work).set_index("conversation")
-        with work.progress(len(work.partitions) * len(items) * 6, "score", "generation metrics") as report:
+        heldout = heldout_items(work).set_index("conversation")
+        with work.progress(len(work.partitions) * len(sweep_items(work)) * 6, "score", "generation metrics") as report:
             for site, epoch, doses in by_vector(work):
                 model = work.resources.models.load(study.model_of(site), work.log)
                 vector = vector_of(work, site, epoch)
                 layer, multipliers = layer_of(site), [dose for dose, _ in doses]
+                replies_at = {partition: work.read_table("generations", partition) for _, partition in doses}
+                items = answered_items(heldout, replies_at)
                 sides = {}
                 for side in ("chosen", "rejected"):
                     texts = [model.reply_tokens(text) for text in items[side]]
@@ -128,7 +161,7 @@ def build(stage: Stage) -> None:
                         model.score_doses([ids[:1] for ids in bare], [ids[1:] for ids in bare], vector, layer, multipliers, on_batch=report),
                     )
                 for dose, partition in doses:
-                    replies = work.read_table("generations", partition)
+                    replies = replies_at[partition]
                     tokens = [
                         ids if isinstance(ids, list) else model.reply_tokens(text, end=False)
                         for ids, text in zip(replies["token_ids"], replies["reply"], strict=True)

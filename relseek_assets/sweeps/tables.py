@@ -27,7 +27,9 @@ GENERATIONS = TableSchema(
         *KEYS,
         Column("prompt", "json", "messages before the reply, system prompt included"),
         Column("reply", "string", "the steered model's reply"),
-        Column("tokens", "integer", "tokens drawn, end token included", "tokens", low=0),
+        Column(
+            "tokens", "integer", "tokens drawn, end token included; null where a file from elsewhere does not say", "tokens", nullable=True, low=0
+        ),
         Column("seed", "integer", "of the row's own random numbers", nullable=True),
         Column("finished", "boolean", "whether the reply ended by itself", nullable=True),
         Column("token_ids", "json", "the tokens drawn", nullable=True),

@@ -11,9 +11,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+
+from relseek_assets.sweeps.assets import answered_items
+from relseek_resources.storage import StorageError
 
 CELL = "m:L01|e03@1_0"
 
@@ -130,6 +134,62 @@ def test_replies_from_elsewhere_are_measured_and_judged(finished: Any, tmp_path:
     assert {place: seed for place, seed in drawn.items() if seed is not None}.items() <= seeds.items(), "to the last digit"
 
 
+def heldout(platform: Any) -> list[str]:
+    """Every held-out conversation, of which the sweep takes four."""
+    pairs = pd.read_parquet(next((platform.files / "preference_pairs").glob("*.parquet")))
+    return sorted(pairs.loc[pairs["is_item"], "conversation"])
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.slow
+def test_replies_to_held_out_prompts_beyond_the_sweep_are_measured_too(finished: Any, tmp_path: Path) -> None:
+    swept = items_of(finished)
+    beyond = sorted(set(heldout(finished)) - set(swept))
+    assert beyond
+    before = rows_of(finished, "generation_metrics", "--partition", "m:L01|e03@0_0")
+    file = jsonl(tmp_path / "replies.jsonl", [{**GENERATION, "item": item} for item in (swept[0], beyond[-1])])
+    bring(finished, "generations", "STUDY", file)
+    done = finished.command("run", "STUDY", "--select", "judge_scores")
+    assert done.exit_code == 0, done.output
+    metrics = {row["item"]: row for row in rows_of(finished, "generation_metrics", "--partition", CELL)}
+    assert metrics.keys() == {swept[0], beyond[-1]}
+    assert metrics[beyond[-1]]["propensity"] != metrics[swept[0]]["propensity"], "each against its own target reply"
+    assert metrics[beyond[-1]]["perplexity"] > 1
+    assert {row["item"] for row in rows_of(finished, "judge_scores", "--partition", CELL)} == metrics.keys()
+    assert rows_of(finished, "generation_metrics", "--partition", "m:L01|e03@0_0") == before
+
+
+def test_a_reply_to_what_is_no_longer_held_out_is_named() -> None:
+    items = pd.DataFrame({"conversation": ["one", "two", "three"], "chosen": ["a", "b", "c"]}).set_index("conversation")
+    replies = {"m:L01|e03@0_0": pd.DataFrame({"item": ["three"]}), CELL: pd.DataFrame({"item": ["one", "three"]})}
+    assert list(answered_items(items, replies).index) == ["one", "three"]
+    with pytest.raises(StorageError, match=r"generations m:L01\|e03@1_0: item 'one' is no held-out conversation"):
+        answered_items(items.drop("one"), replies)
+
+
+def test_what_a_file_says_of_a_reply_is_kept_and_what_it_does_not_say_is_null(finished: Any, tmp_path: Path) -> None:
+    one, two, three = items_of(finished)[:3]
+    prompt = [{"role": "user", "content": "Hello?"}]
+    told = {"prompt": prompt, "token_ids": [5, 6, 7], "seed": 2**62 + 1, "finished": True, "mean_log_prob": -0.5}
+    rows = [
+        {**GENERATION, "item": one},
+        {**GENERATION, "epoch": 3.0, "item": two, **told},
+        {**GENERATION, "epoch": "3.0", "item": three, "tokens": 4},
+    ]
+    bring(finished, "generations", "STUDY", jsonl(tmp_path / "replies.jsonl", rows))
+    found = {row["item"]: row for row in rows_of(finished, "generations", "--partition", CELL)}
+    assert {name: found[two][name] for name in told if name != "seed"} == {name: value for name, value in told.items() if name != "seed"}
+    stored = pq.read_table(finished.files / "generations" / "m:L01" / "e03@1_0.parquet").to_pylist()
+    assert {row["item"]: row["seed"] for row in stored} == {one: None, two: 2**62 + 1, three: None}, "to the last digit"
+    assert [found[item]["tokens"] for item in (one, two, three)] == [None, 3, 4]
+    assert {name: found[one][name] for name in told if name != "prompt"} == dict.fromkeys(told.keys() - {"prompt"})
+    assert found[one]["prompt"][0]["role"] == "system"
+
+
 def scores_file(path: Path, items: list[str]) -> Path:
     with path.open("w", newline="") as stream:
         writer = csv.writer(stream)
@@ -178,17 +238,40 @@ BAD_GENERATIONS = {
     "an item of no study": ({"item": "nobody"}, ["line 2", "'nobody'", "no held-out conversation"]),
     "no reply": ({"reply": None}, ["line 2", "reply is missing"]),
     "a reply that is no text": ({"reply": 3}, ["line 2", "reply must be text"]),
-    "a dose that the study lacks": ({"multiplier": 0.5}, ["no partition m:L01|e03@0_5", "tiny.toml"]),
-    "a site that the study lacks": ({"site": "m:L03"}, ["site 'm:L03'", "m:L01, m:L02"]),
+    "a reply that UTF-8 cannot hold": ({"reply": "\ud800"}, ["line 2", "reply must be text"]),
+    "an item that is no text": ({"item": ["rse-001"]}, ["line 2", "item must be text"]),
+    "a dose that the study lacks": ({"multiplier": 0.5}, ["line 2", "no partition m:L01|e03@0_5", "tiny.toml"]),
+    "a site that the study lacks": ({"site": "m:L03"}, ["line 2", "site 'm:L03'", "m:L01, m:L02"]),
     "an epoch that is no number": ({"epoch": "last"}, ["line 2", "epoch 'last' is no number"]),
-    "the same reply twice": ({}, ["two rows with the key"]),
+    "an epoch between two": ({"epoch": 2.7}, ["line 2", "epoch must be a whole number", "2.7"]),
+    "the same reply twice": ({}, ["line 2", "two rows with the key", "the other is line 1"]),
     "a dose that is not finite": ({"multiplier": float("nan")}, ["line 2", "multiplier must be finite"]),
+    "a prompt that is text": ({"prompt": "Hello?"}, ["line 2", "prompt must be a list of messages"]),
+    "a prompt without a role": ({"prompt": [{"content": "Hello?"}]}, ["line 2", "prompt must be", "message 1 is none"]),
+    "a prompt that the model has the last word of": (
+        {"prompt": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]},
+        ["line 2", "prompt must hold", "end on the user's"],
+    ),
+    "an empty prompt": ({"prompt": []}, ["line 2", "prompt must hold"]),
+    "tokens that are no number": ({"tokens": "many"}, ["line 2", "tokens 'many' is no number"]),
+    "fewer tokens than none": ({"tokens": -1}, ["line 2", "tokens must be 0 or more"]),
+    "token numbers that are words": ({"token_ids": ["Good"]}, ["line 2", "token_ids must be a list of token numbers"]),
+    "two counts of the tokens": ({"tokens": 2, "token_ids": [5]}, ["line 2", "tokens is 2, and token_ids holds 1"]),
+    "a seed of too many digits": ({"seed": 2**64}, ["line 2", "seed must be a whole number of at most 64 bits"]),
+    "an end that is a word": ({"finished": "yes"}, ["line 2", "finished must be true or false"]),
+    "a probability above 1": ({"mean_log_prob": 0.5}, ["line 2", "mean_log_prob", "at most 0"]),
 }
 BAD_SCORES = {
     "a score off the scale": ({"score": 11}, ["line 3", "score 11", "1 to 10"]),
     "a score that is no number": ({"score": "high"}, ["line 3", "score 'high' is no number"]),
     "a rubric of no behaviour": ({"rubric": "charm"}, ["line 3", "rubric 'charm'", "relationship, coherence"]),
-    "the same score twice": ({}, ["two rows with the key"]),
+    "the same score twice": ({}, ["line 3", "two rows with the key", "the other is line 2"]),
+    "an item that nobody replied to": ({"item": "rse-999"}, ["line 3", "item 'rse-999'", "m:L01|e03@1_0", "relseek table tiny generations"]),
+    "a status of no judge": ({"score": None, "status": "asleep"}, ["line 3", "status 'asleep' is unknown", "empty_reply", "refused"]),
+    "a refusal with a score": ({"status": "refused"}, ["line 3", "status 'refused' beside the score 5"]),
+    "a score that is not there": ({"score": None, "status": "scored"}, ["line 3", "status 'scored' beside no score"]),
+    "an epoch between two": ({"epoch": 2.7}, ["line 3", "epoch must be a whole number"]),
+    "a negative price": ({"cost_usd": -1}, ["line 3", "cost_usd must be 0 or more"]),
 }
 
 
@@ -218,6 +301,63 @@ def test_one_bad_score_leaves_everything_as_it_was(finished: Any, tmp_path: Path
     assert isinstance(done.exception, SystemExit)
     for words in (str(file), *told):
         assert words in done.output
+
+
+def test_a_row_that_was_cut_off_is_refused(finished: Any, tmp_path: Path) -> None:
+    file = tmp_path / "scores.csv"
+    file.write_text("site,epoch,multiplier,item,rubric,judge,score\nm:L01,3,1," + items_of(finished)[0] + ",relationship,me\n")
+    with finished.untouched():
+        done = finished.command("import", "scores", "STUDY", file)
+    assert done.exit_code == 1
+    assert "line 2: fewer cells than the header has columns" in done.output
+
+
+def test_scores_need_the_replies_that_were_scored(finished: Any, tmp_path: Path) -> None:
+    file = scores_file(tmp_path / "scores.csv", items_of(finished))
+    (finished.files / "generations" / "m:L01" / "e03@1_0.parquet").unlink()
+    done = finished.command("import", "scores", "STUDY", file)
+    assert done.exit_code == 1
+    assert f"line 2: generations {CELL} has not been computed" in done.output
+
+
+def test_a_status_is_kept_and_a_null_score_without_one_is_missing_or_of_an_empty_reply(finished: Any, tmp_path: Path) -> None:
+    one, two, three, four = items_of(finished)
+    silent = [{**GENERATION, "item": item, "reply": " " if item == two else "Good."} for item in (one, two, three, four)]
+    bring(finished, "generations", "STUDY", jsonl(tmp_path / "replies.jsonl", silent))
+    given = {one: (5, None), two: (None, None), three: (None, None), four: (None, "refused")}
+    rows = [{**SCORE, "epoch": 3.0, "item": item, "score": score, "status": status, "attempt": 2} for item, (score, status) in given.items()]
+    file = tmp_path / "scores.csv"
+    pd.DataFrame(rows).to_csv(file, index=False)
+    told = bring(finished, "scores", "STUDY", file)
+    found = {row["item"]: row for row in rows_of(finished, "judge_scores", "--partition", CELL)}
+    assert {item: row["status"] for item, row in found.items()} == {one: "scored", two: "empty_reply", three: "missing", four: "refused"}
+    assert {(row["attempt"], row["cost_usd"]) for row in found.values()} == {(2, None)}, "what was paid is not said"
+    for status in ("missing", "empty_reply", "refused"):
+        assert f"without a score: 1 `{status}`" in told
+
+
+def test_the_studys_own_scores_come_back_as_they_went(finished: Any, tmp_path: Path) -> None:
+    own = rows_of(finished, "judge_scores", "--partition", CELL)
+    file = tmp_path / "scores.csv"
+    assert finished.command("table", "STUDY", "judge_scores", "--partition", CELL, "-o", file).exit_code == 0
+    bring(finished, "scores", "STUDY", file)
+    assert rows_of(finished, "judge_scores", "--partition", CELL) == [{**row, "source": "imported"} for row in own]
+
+
+def test_nothing_is_brought_in_while_the_study_is_being_run(finished: Any, tmp_path: Path) -> None:
+    item = items_of(finished)[0]
+    save_file({"v": np.ones(32, np.float32)}, tmp_path / "mine.safetensors")
+    given = {
+        "generations": [jsonl(tmp_path / "replies.jsonl", [{**GENERATION, "item": item}])],
+        "scores": [scores_file(tmp_path / "scores.csv", [item])],
+        "vector": [tmp_path / "mine.safetensors", "--site", "m:L01", "--epoch", 3],
+    }
+    with finished.workspace() as workspace, workspace._alone():
+        for what, (file, *more) in given.items():
+            with finished.untouched():
+                done = finished.command("import", what, "STUDY", file, *more)
+            assert done.exit_code == 1
+            assert "study tiny is being run by process" in done.output
 
 
 def test_replies_cannot_come_before_the_prompts_are_known(blank: Any, tmp_path: Path) -> None:
@@ -320,7 +460,34 @@ def test_the_difference_of_two_stores_names_versions_and_estimates_with_interval
     text = finished_session.command("diff", study, study, "--store-b", finished.home).output
     assert "settings that differ: 0" in text
     assert "judge_scores: 1 partition" in text
-    assert f"absent -> 8.75 [{new['lower_b']:.2f}, {new['upper_b']:.2f}] n={len(items)}" in text
+    assert f"relationship by two raters: 8.75 [{new['lower_b']:.2f}, {new['upper_b']:.2f}] n={len(items)}, only in B" in text
+    assert ", only in A" in text and "intervals apart" not in text, "what is in one alone is apart from nothing"
+    assert new["overlap"] is None
+    assert f"A: tiny in {finished_session.files}" in text and f"B: tiny in {finished.files}" in text
+
+
+def test_the_difference_names_figures_of_selection_and_of_the_judge(finished_session: Any, finished: Any) -> None:
+    def change(asset: str, row: dict[str, object], values: dict[str, float]) -> None:
+        (path,) = (finished.files / asset).glob("*.parquet")
+        frame = pd.read_parquet(path)
+        chosen = np.logical_and.reduce([frame[name] == value for name, value in row.items()])
+        assert chosen.sum() == 1
+        frame.loc[chosen, list(values)] = list(values.values())
+        frame.to_parquet(path)
+
+    place = {"site": "m:L01", "epoch": 3}
+    change("selection", place, {"coherence_auc": 900.0, "coherence_auc_lower": 800.0, "coherence_auc_upper": 950.0, "rating_slope": 0.123})
+    quality = pd.read_parquet(next((finished.files / "judge_quality").glob("*.parquet"))).query("metric == 'auc'").iloc[0]
+    change("judge_quality", {"judge": quality["judge"], "metric": "auc", "against": quality["against"]}, {"value": 0.987})
+    study = finished_session.study_file
+    found = json.loads(finished_session.command("diff", study, study, "--store-b", finished.home, "--format", "json").output)["estimates"]
+    by_quantity = {(row["asset"], row["quantity"]): row for row in found}
+    assert by_quantity.keys() == {("selection", "coherence_auc"), ("selection", "rating_slope"), ("judge_quality", "value")}
+    area = by_quantity["selection", "coherence_auc"]
+    assert (area["site"], area["epoch"], area["estimate_b"], area["lower_b"], area["overlap"]) == ("m:L01", 3, 900.0, 800.0, False)
+    text = finished_session.command("diff", study, study, "--store-b", finished.home).output
+    assert "m:L01 epoch 3 coherence_auc: " in text and " -> 900.00 [800.00, 950.00] n=4  intervals apart" in text
+    assert f"{quality['judge']}: auc against {quality['against']}: {quality['value']:.2f}" in text
 
 
 def test_a_study_differs_in_nothing_from_itself(finished_session: Any) -> None:
@@ -334,8 +501,18 @@ def test_the_difference_of_two_studies_names_their_settings(finished: Any) -> No
     found = json.loads(finished.command("diff", "STUDY", other, "--format", "json").output)
     assert {row["setting"]: (row["a"], row["b"]) for row in found["settings"]} == {"name": ("tiny", "other"), "training.learning_rate": (0.01, 0.02)}
     assert all(row["b"] is None for row in found["versions"]), "nothing of the other study is computed"
-    assert len(found["estimates"]) == 2 * 2 * 3 * 2
+    counts = pd.Series([row["asset"] for row in found["estimates"]]).value_counts()
+    assert counts["dose_response"] == 2 * 2 * 3 * 2 and counts["selection"] == 2 * 2 * 3 and counts["judge_quality"] > 0
     assert all(row["estimate_b"] is None for row in found["estimates"])
+
+
+def test_a_setting_that_is_stated_as_it_is_unless_stated_is_no_difference(finished: Any) -> None:
+    text = finished.study_text().replace("learning_rate = 0.01", "learning_rate = 0.01\nbeta = 0.1")
+    other = finished.folder / "other.toml"
+    other.write_text(text.replace('name = "tiny"', 'name = "other"').replace("max_words = 60", "max_words = 60\nsystem = 'Be brief.'"))
+    found = json.loads(finished.command("diff", "STUDY", other, "--format", "json").output)
+    differing = {row["setting"]: (row["a"], row["b"]) for row in found["settings"]}
+    assert differing == {"name": ("tiny", "other"), "prompts.system": ("You are a conversational assistant.", "Be brief.")}
 
 
 def test_a_store_to_compare_with_must_be_a_dagster_home(finished_session: Any, tmp_path: Path) -> None:

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from relseek_assets.exchange import read_asset
-from relseek_assets.planning import PROCESS_TAG
+from relseek_assets.planning import PROCESS_TAG, process_tag
+from relseek_resources.storage import tensors_version
 
 PATIENCE = 240  # seconds until a moment must have come
 CHECKOUT = Path(__file__).parents[2]
@@ -45,10 +48,11 @@ os.replace = replace
 LAUNCHER = "import os, signal, sys\n{}\nfrom relseek_assets.cli import main\nmain(sys.argv[1:])\n"
 
 
-def start(platform: Any, hook: str = "") -> subprocess.Popen[bytes]:
+def start(platform: Any, hook: str = "", *arguments: object) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", LAUNCHER.format(hook)] if hook else [sys.executable, "-m", "relseek_assets.cli"]
+    given = map(str, arguments or ("run", platform.study_file))
     log = (platform.folder / "run.log").open("ab")
-    return subprocess.Popen([*command, "run", str(platform.study_file)], env=platform.environment(), cwd=CHECKOUT, stdout=log, stderr=log)
+    return subprocess.Popen([*command, *given], env=platform.environment(), cwd=CHECKOUT, stdout=log, stderr=log)
 
 
 def kill_when(platform: Any, moment: Callable[[], bool]) -> None:
@@ -66,8 +70,8 @@ def kill_when(platform: Any, moment: Callable[[], bool]) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-def kill_itself(platform: Any, hook: str) -> None:
-    process = start(platform, hook)
+def kill_itself(platform: Any, hook: str, *arguments: object) -> None:
+    process = start(platform, hook, *arguments)
     process.wait(PATIENCE)
     assert process.returncode == -signal.SIGKILL, said(platform)
 
@@ -169,16 +173,94 @@ def test_a_run_killed_at_five_points_ends_like_one_left_alone(judged: Any, finis
     assert "nothing to compute" in again.stdout
 
 
+#: Where an import is killed: its old file gone, its event recorded and its new file not there, all of it done.
+IMPORTED = "/steering_vectors/m:L01/e03"
+MOMENTS = {
+    "the old file gone": """
+real = os.unlink
+def unlink(path, **more):
+    real(path, **more)
+    if "IMPORTED" in str(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+os.unlink = unlink
+""",
+    "before the new file is placed": """
+real = os.replace
+def replace(source, target):
+    if "IMPORTED" in str(target):
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(source, target)
+os.replace = replace
+""",
+    "after the new file is placed": AFTER_PLACING.replace("/judge_scores/m:L01/e03@0_0", "IMPORTED"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_an_import_that_is_killed_leaves_no_file_under_the_event_of_another(finished: Any, tmp_path: Path, moment: str) -> None:
+    vector = np.random.default_rng(7).normal(size=32).astype(np.float32)
+    save_file({"v": vector}, tmp_path / "mine.safetensors")
+    command = ("import", "vector", finished.study_file, tmp_path / "mine.safetensors", "--site", "m:L01", "--epoch", 3)
+    kept = finished.files / "steering_vectors" / "m:L01" / "e03.safetensors"
+
+    def state() -> Any:
+        with finished.workspace() as workspace:
+            return workspace.states(["steering_vectors"])["steering_vectors", "m:L01|e03"]
+
+    trained = state()
+    kill_itself(finished, MOMENTS[moment].replace("IMPORTED", IMPORTED), *command)
+    found = state()
+    if kept.is_file():
+        assert (found.status, found.version) == ("imported", tensors_version(load_file(kept)))
+    else:
+        assert found.status == "missing"
+    if moment == "before the new file is placed":  # and its event is there
+        done = finished.command("run", "STUDY", "--select", "steering_vectors")
+        assert done.exit_code == 0, done.output
+        assert (state().status, state().version) == ("fresh", trained.version)
+    done = finished.command(*command)
+    assert done.exit_code == 0, done.output
+    assert (state().status, state().version) == ("imported", tensors_version({"vector": vector}))
+    np.testing.assert_array_equal(load_file(kept)["vector"], vector)
+    assert temporary(finished) == [], "what the killed import left is taken up by the next"
+
+
 def test_a_run_that_is_still_alive_is_not_taken_for_dead(finished: Any) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     here = socket.gethostname()
-    processes = {"alive": f"{here}:{os.getpid()}", "elsewhere": "another-machine:1", "from the UI": None, "dead": f"{here}:{ended.pid}"}
+    processes = {
+        "alive": process_tag(),
+        "alive, older record": f"{here}:{os.getpid()}",
+        "elsewhere": "another-machine:1:1",
+        "from the UI": None,
+        "dead": f"{here}:{ended.pid}",
+    }
     with finished.workspace() as workspace:
         for name, process in processes.items():
             tags = {"name": name, **({PROCESS_TAG: process} if process else {})}
             workspace.instance.add_run(dg.DagsterRun(job_name="job", status=dg.DagsterRunStatus.STARTED, tags=tags))
         (finished.files / "generations" / ".being_written.tmp").write_bytes(b"PAR1")
         assert workspace.end_dead_runs() == 1
-        assert {run.tags["name"] for run in unfinished_runs(workspace.instance)} == {"alive", "elsewhere", "from the UI"}
+        assert {run.tags["name"] for run in unfinished_runs(workspace.instance)} == {"alive", "alive, older record", "elsewhere", "from the UI"}
     assert len(temporary(finished)) == 1, "a run that lives may be writing it"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="a process says in /proc when it started")
+def test_a_run_of_an_earlier_process_with_the_same_number_is_dead(blank: Any) -> None:
+    """After a restart of the container the next run may have the very number of the one that was killed."""
+    with blank.workspace() as workspace:
+        host, number, started = process_tag().split(":")
+        run = dg.DagsterRun(job_name="job", status=dg.DagsterRunStatus.STARTED, tags={PROCESS_TAG: f"{host}:{number}:{int(started) - 1}"})
+        workspace.instance.add_run(run)
+        storage = workspace.instance.event_log_storage
+        storage.initialize_concurrency_limit_to_default("gpu")
+        storage.claim_concurrency_slot("gpu", run.run_id, "step")
+        (held,) = workspace.held_pools(["training_run"])
+        assert run.run_id in held
+        assert f"process {host}:{number}:" in held
+        assert "terminate that run in `relseek ui`" in held
+        assert workspace.held_pools(["preference_pairs"]) == []
+        assert workspace.end_dead_runs() == 1
+        assert claimed_slots(workspace.instance) == 0
+        assert workspace.held_pools(["training_run"]) == []
