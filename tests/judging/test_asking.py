@@ -356,11 +356,12 @@ def test_two_runs_do_not_ask_the_same_questions_at_once(tmp_path: Path) -> None:
 
 
 CHILD = """
-import json, sys
+import json, signal, sys
 from pathlib import Path
 from relseek_resources.judges.answers import Request, read_score
 from relseek_resources.judges.asking import AnswerJournal, run
 from relseek_resources.judges.prices import Price
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job would ignore
 body = lambda name: json.dumps({"model": "judge-1", "messages": [{"role": "user", "content": name}]})
 with AnswerJournal(Path(sys.argv[2])) as journal:
     run((Request(str(n), body(str(n))) for n in range(120)), lambda _, raw: read_score(raw), base_url=sys.argv[1], key_variable="JUDGE_KEY",
