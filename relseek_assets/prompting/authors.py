@@ -99,22 +99,26 @@ class EndpointWriter:
         requests = [request_of(self.author, self.sampling, conversation, seed) for conversation, seed in zip(conversations, seeds, strict=True)]
         spare = self._spare([conversation for conversation, request in zip(conversations, requests, strict=True) if not self._known(request)])
         try:
-            answers = asking.run(
-                requests,
-                any_text,
-                base_url=self.author.base_url,
-                key_variable=self.author.key_variable,
-                price=price_of(self.author.model, self.author.price),
-                attempts=self.author.attempts,
-                concurrency=self.author.concurrency,
-                enough=ENOUGH,
-                spare_usd=spare,
-                journal=self.journal,
-                on_answer=lambda answer: self.on_answer(1),
-            )
+            answers = self._answers(requests, spare)
         except (asking.EndpointError, PriceError) as error:
             raise AuthorError(f"author {self.author.name!r} of [[prompting.authors]]: {error}") from error
         return [self._replied(answer) for answer in answers]
+
+    def _answers(self, requests: Sequence[Request], spare: float) -> list[Answer]:
+        """The answers to requests, in order; asking again may cost `spare` USD."""
+        return asking.run(
+            requests,
+            any_text,
+            base_url=self.author.base_url,
+            key_variable=self.author.key_variable,
+            price=price_of(self.author.model, self.author.price),
+            attempts=self.author.attempts,
+            concurrency=self.author.concurrency,
+            enough=ENOUGH,
+            spare_usd=spare,
+            journal=self.journal,
+            on_answer=lambda answer: self.on_answer(1),
+        )
 
     def _known(self, request: Request) -> bool:
         answer = self.journal.answers.get(request.custom_id)

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from relseek_assets.prompting.authors import ENOUGH, AuthorError, Conversation, EndpointWriter, Replied, any_text
+from relseek_assets.prompting.authors import AuthorError, Conversation, EndpointWriter, Replied
 from relseek_assets.prompting.tables import STEERED
 from relseek_assets.study import Author, Price, SteeredEndpoint
 from relseek_resources.judges import asking
 from relseek_resources.judges.answers import Request
-from relseek_resources.judges.prices import price_of
 from relseek_resources.models.sampling import Sampling
 
 SETTING = "[prompting.steered_endpoint]"
@@ -59,19 +58,7 @@ class ServedWriter(EndpointWriter):
             spare = self._spare([conversation for conversation, _, _ in new])
             if new:
                 check_offer(self.author, self.vector, max(abs(dose) for _, _, dose in new))
-            answers = asking.run(
-                requests,
-                any_text,
-                base_url=self.author.base_url,
-                key_variable=self.author.key_variable,
-                price=price_of(self.author.model, self.author.price),
-                attempts=self.author.attempts,
-                concurrency=self.author.concurrency,
-                enough=ENOUGH,
-                spare_usd=spare,
-                journal=self.journal,
-                on_answer=lambda answer: self.on_answer(1),
-            )
+            answers = self._answers(requests, spare)
         except (asking.EndpointError, AuthorError) as error:
             said = str(error).replace("[[judges]]", SETTING).replace("[[prompting.authors]]", SETTING)
             raise AuthorError(said if SETTING in said else f"{SETTING}: {said}") from error
