@@ -26,7 +26,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), NEEDS_VLLM]
 
 NEAR_TIE = 1e-4  # nats
 REQUESTS = int(os.environ.get("RELSEEK_SERVED_REQUESTS", "200"))
-PARALLEL_REQUESTS = int(os.environ.get("RELSEEK_PARALLEL_REQUESTS", "60"))  # three workers on two cores: three minutes
 CLIENTS = 32
 COMPILED_RATE = 60  # requests a minute
 Asked = tuple[list[int], list[dict[str, Any]]]  # a prompt and its interventions
@@ -275,8 +274,9 @@ def test_a_reply_is_steered_to_its_end_whatever_joins_its_batch(server: Server, 
 def test_tensor_parallel_serves_the_same(tmp_path: Path, reference: SteeredModel, vector_folder: tuple[Path, Any]) -> None:
     """Three workers: the model has nine heads and three of keys and values."""
     with serving(tmp_path, vector_folder[0], "--enforce-eager", "--tensor-parallel-size", "3") as server:
-        worst = compared(server, reference, vector_folder[1], random_requests(PARALLEL_REQUESTS, 5, reference.tokenizer), CLIENTS)
+        worst = compared(server, reference, vector_folder[1], random_requests(REQUESTS, 5, reference.tokenizer), CLIENTS)
         assert max(worst.values()) < 1e-4
+        assert server.metric("vllm:prefix_cache_hits_total") > 0
         assert server.ask("/v1/relseek/health")[1]["live"]
 
 
