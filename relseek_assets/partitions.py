@@ -103,6 +103,9 @@ class Partitions:
         self.step_to_doses = {step_key(epoch): {step_key(epoch, dose) for dose in doses} for epoch in evaluated}
         self._evaluated = [step_key(epoch) for epoch in evaluated]
         self.model = dg.StaticPartitionsDefinition([model.name for model in study.models])
+        # of models where a study steers: by site, from which mappings to sites and doses exist
+        self.modelled = self.model if study.contrastive else self.swept_site
+        self.swept_by_epoch = self._multi(self.swept_site, [step_key(epoch) for epoch in trained])
         self.published_axis = dg.StaticPartitionsDefinition([f"{model}:{extraction}" for model in MODELS for extraction in EXTRACTIONS])
         self._study = study
 
@@ -134,6 +137,17 @@ class Partitions:
         if not self._study.derived:
             return self._steps(dg.StaticPartitionMapping(self.step_to_doses))
         return self._sites_and_steps({site: {site} for site in self._study.sites}, self.step_to_doses)
+
+    def of_my_trained_vector(self) -> dg.PartitionMapping:
+        """At a vector's site and epoch: the vector, where my site is a trained one."""
+        if not self._study.derived:
+            return dg.IdentityPartitionMapping()
+        steps = {key: {key} for key in self.swept_by_epoch.get_partitions_def_for_dimension("step").get_partition_keys()}
+        return self._sites_and_steps({site: {site} for site in self._study.sites}, steps)
+
+    def of_my_trained_site(self) -> dg.PartitionMapping:
+        """At a trained site: the same among those that are trained or derived."""
+        return dg.StaticPartitionMapping({site: {site} for site in self._study.sites})
 
     def of_my_swept_epoch(self) -> dg.PartitionMapping:
         """At a dose: my site and epoch, where sites are trained or derived."""

@@ -41,7 +41,8 @@ DESCRIPTIONS = {
     "pairwise_definition": "What it means for one reply to show more of the disposition than another.",
     "few_shots": "Prompts with replies graded by the behaviour's author.",
     "starter_conversations": "Conversations with a target and an anti-target reply to every user turn.",
-    "base_models": "The weights of every model of the study.",
+    "base_models": "The weights of every model of the study, and how they are loaded; where it steers, one partition a site.",
+    "training_declarations": "How long each site is trained.",
     "trial_files": "The raw files of the trial, one partition a file.",
     "trial_declarations": "What the study file declares of each outcome.",
     "published_judgements": "Replies of the published study with their judges' scores, where RELSEEK_RELEASE has them.",
@@ -70,6 +71,8 @@ PARTITIONED = {
     "published_ratings": "site_by_evaluated_epoch",
     "published_comparisons": "site_by_evaluated_epoch",
     "published_replies": "site_by_dose",
+    "base_models": "modelled",
+    "training_declarations": "site",
     "author_declarations": "author",
     "published_prompting": "attacked",
 }
@@ -88,14 +91,14 @@ Seen = dict[str | None, tuple[str, dict[str, Any]]]  # partition, or None for th
 Look = Callable[[], Seen]
 
 
-def _readers(study: Study) -> dict[str, Look]:
-    """Name -> a function that looks at the source."""
+def readers(study: Study) -> dict[str, Look]:
+    """Name of every source of the study -> a function that looks at it."""
     found: dict[str, Look] = {}
     if study.steered:
         found |= {name: _file(study.behaviour_folder / file) for name, file in FILES.items()}
         if study.judges:
             found |= {name: _file(path) for name, path in rubric_files(study.behaviour_folder).items()}
-        found |= {"base_models": _models(study), "published_judgements": _published}
+        found |= {"base_models": _models(study), "training_declarations": _training(study), "published_judgements": _published}
     if study.contrastive:
         found |= {name: _file(study.persona_folder / file) for name, file in PERSONA_FILES.items()}
         found |= {"base_models": _models(study), "published_axes": _published_axes}
@@ -129,9 +132,25 @@ def _file(path: Path) -> Look:
 
 
 def _models(study: Study) -> Look:
+    """Each model has a version of its own, so that a further one, or a further layer, makes nothing of the others stale."""
+
     def look() -> Seen:
-        found = {model.name: fingerprint(model.source) for model in study.models}
-        return {None: (content_version(found), dict(found))}
+        weights = {source: fingerprint(source) for source in dict.fromkeys(model.source for model in study.models)}
+        loaded = {model.name: {**model.model_dump(include={"source", "dtype", "device"}), "weights": weights[model.source]} for model in study.models}
+        if study.contrastive:
+            return {name: (content_version(found), dict(found)) for name, found in loaded.items()}
+        by_site = {site: loaded[study.model_of(site).name] for site in (*study.sites, *study.derived_sites)}
+        return {site: (content_version(found), dict(found)) for site, found in by_site.items()}
+
+    return look
+
+
+def _training(study: Study) -> Look:
+    """What differs between models of a study; the rest of how it trains is a setting of the asset."""
+
+    def look() -> Seen:
+        declared = {site: {"epochs_trained": study.model_of(site).epochs_trained} for site in study.sites}
+        return {site: (content_version(found), dict(found)) for site, found in declared.items()}
 
     return look
 
@@ -300,7 +319,7 @@ def _trial_declarations(trial: Trial) -> Look:
 
 
 def keys(study: Study) -> list[dg.AssetKey]:
-    return [dg.AssetKey([study.name, name]) for name in _readers(study)]
+    return [dg.AssetKey([study.name, name]) for name in readers(study)]
 
 
 def assets(study: Study) -> list[dg.AssetsDefinition | dg.SourceAsset | dg.AssetSpec]:
@@ -325,7 +344,7 @@ def assets(study: Study) -> list[dg.AssetsDefinition | dg.SourceAsset | dg.Asset
 
         return observe
 
-    return [*(declare(name, look) for name, look in _readers(study).items()), *_used(study)]
+    return [*(declare(name, look) for name, look in readers(study).items()), *_used(study)]
 
 
 def _used(study: Study) -> list[dg.AssetSpec]:
@@ -341,7 +360,7 @@ def _used(study: Study) -> list[dg.AssetSpec]:
 def changes(study: Study, instance: dg.DagsterInstance) -> list[dg.AssetObservation]:
     """Observations of everything whose version differs from the last one observed."""
     found = []
-    for name, look in _readers(study).items():
+    for name, look in readers(study).items():
         key = dg.AssetKey([study.name, name])
         known: dict[str | None, Any] = {}
         if name in PARTITIONED:

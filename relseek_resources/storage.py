@@ -252,7 +252,8 @@ def write_table(path: Path, frame: pd.DataFrame, schema: TableSchema) -> str:
 
 
 def read_table(path: Path, schema: TableSchema, without: Sequence[str] = ()) -> pd.DataFrame:
-    """Read a table written by `write_table`; json columns come back as Python values, empty numbers as NaN. Columns `without` are not read.
+    """Read a table written by `write_table`; json columns come back as Python values, empty numbers as NaN (as NA beside whole
+    numbers beyond 2^53). Columns `without` are not read.
 
     Small tables are read by one asset after the other, and parsing one takes longer than its arithmetic: those that were read last are kept, and
     given out as copies for as long as the file is the same.
@@ -270,6 +271,8 @@ def read_table(path: Path, schema: TableSchema, without: Sequence[str] = ()) -> 
             found = file.read([name for name in file.schema_arrow.names if name not in without] if without else None)
             with pd.option_context("mode.string_storage", "python" if found.num_rows < FEW else "pyarrow"):
                 frame = found.to_pandas()
+            for name in _beyond_floats(found):
+                frame[name] = found[name].to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
             if small:
                 _kept[path] = same, frame.copy(deep=False)
                 while len(_kept) > MOST_KEPT:
@@ -282,6 +285,12 @@ def read_table(path: Path, schema: TableSchema, without: Sequence[str] = ()) -> 
         if column.kind == "json" and column.name in frame:
             frame[column.name] = [None if _is_null(value) else json.loads(value) for value in frame[column.name]]
     return frame
+
+
+def _beyond_floats(table: pa.Table) -> list[str]:
+    """Columns of whole numbers with empty cells that a float would not hold to the last digit, seeds for one."""
+    some = [part.name for part in table.schema if pa.types.is_int64(part.type) and 0 < table[part.name].null_count < table.num_rows]
+    return [name for name in some if max(abs(bound) for bound in pc.min_max(table[name]).as_py().values()) > 2**53]
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -119,7 +119,7 @@ def _judges(stage: Stage, settings: Interventions) -> None:
         description="The embedded coherence score of persona replies: perplexity under the plain model, asked the prompt without a persona, and "
         "repetition, calibrated on damaged replies of both kinds of persona, so that it is damage that counts and not the character.",
         partitions=stage.partitions.model,
-        deps={"persona_replies": MINE, "base_models": None},
+        deps=dict.fromkeys(("persona_replies", "base_models"), MINE),
         settings=[study.seed],
         form=VECTORS,
         kinds=("pytorch", "scikitlearn"),
@@ -186,8 +186,8 @@ def _interventions(stage: Stage, settings: Interventions) -> None:
         "floored. Rows of all conditions share batches, and a prompt and persona has the same draws in all of them.",
         partitions=stage.partitions.model,
         deps={
-            **dict.fromkeys(("directions", "direction_quality", "persona_activations", "persona_replies"), MINE),
-            **dict.fromkeys(("personas", "intervention_prompts", "base_models")),
+            **dict.fromkeys(("directions", "direction_quality", "persona_activations", "persona_replies", "base_models"), MINE),
+            **dict.fromkeys(("personas", "intervention_prompts")),
         },
         settings=[drawn, study.seed],
         schema=interventions.INTERVENTION_REPLIES,
@@ -236,8 +236,8 @@ def _interventions(stage: Stage, settings: Interventions) -> None:
         description="Assistant-likeness and coherence of every reply under an intervention, by the embedded judges.",
         partitions=stage.partitions.model,
         deps={
-            **dict.fromkeys(("intervention_replies", "likeness_judge", "coherence_judge"), MINE),
-            **dict.fromkeys(("intervention_prompts", "base_models")),
+            **dict.fromkeys(("intervention_replies", "likeness_judge", "coherence_judge", "base_models"), MINE),
+            "intervention_prompts": None,
         },
         schema=interventions.INTERVENTION_SCORES,
         kinds=("pytorch", "scikitlearn"),
@@ -316,8 +316,8 @@ def _drift(stage: Stage, settings: Interventions) -> None:
         description="Conversations played against the model with and without a floor: after every turn the projection of the reply on the axis.",
         partitions=stage.partitions.model,
         deps={
-            **dict.fromkeys(("directions", "direction_quality", "persona_activations", "persona_replies"), MINE),
-            **dict.fromkeys(("personas", "drift_conversations", "base_models")),
+            **dict.fromkeys(("directions", "direction_quality", "persona_activations", "persona_replies", "base_models"), MINE),
+            **dict.fromkeys(("personas", "drift_conversations")),
         },
         settings=[wanted.model_dump(), settings.layers, settings.extraction, study.seed],
         schema=drifting.DRIFT,

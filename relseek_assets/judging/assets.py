@@ -17,6 +17,7 @@ from relseek_assets.behaviour import FILES, read_graded_replies, read_rubric, re
 from relseek_assets.dataset.pairs import training_pairs
 from relseek_assets.judging import in_flight, language_assets, tables
 from relseek_assets.judging.requests import QUESTION
+from relseek_assets.partitions import cell_of
 from relseek_assets.stage import VECTORS, Stage, Work, plot
 from relseek_assets.study import EMBEDDED
 from relseek_resources.judges import coherence, embedded, embedding
@@ -89,10 +90,12 @@ def build(stage: Stage) -> None:
 
     @stage.asset(
         group=GROUP,
-        version="1",
-        description="The embedded coherence score: perplexity under the unsteered model and repetition, calibrated on damaged text.",
-        deps={"preference_pairs": None, "base_models": None},
-        settings=[study.seed, study.sampling.max_new_tokens, study.prompts.system, study.models[0].source],
+        version="2",
+        description="The embedded coherence score of a site's model: perplexity under it without steering and repetition, calibrated on damaged "
+        "text. Sites of one model have the same.",
+        partitions=partitions.swept_site,
+        deps={"preference_pairs": None, "base_models": dg.IdentityPartitionMapping()},
+        settings=[study.seed, study.sampling.max_new_tokens, study.prompts.system],
         form=VECTORS,
         kinds=("pytorch", "scikitlearn"),
         pool="gpu",
@@ -102,32 +105,40 @@ def build(stage: Stage) -> None:
         pairs = training_pairs(work.read_table("preference_pairs"), study.seed)
         chosen = pairs[pairs["turn"] == 1].head(COHERENCE_TEXTS)
         sides = ["chosen" if number % 2 else "rejected" for number in range(len(chosen))]
-        model = work.resources.models.load(study.models[0], work.log)
-        texts = [model.cut(row[side], study.sampling.max_new_tokens) for side, (_, row) in zip(sides, chosen.iterrows(), strict=True)]
-        damaged = coherence.damage(texts, study.seed)
         system = {"role": "system", "content": study.prompts.system}
-        prompts = [model.prompt_tokens([system, *prompt]) for prompt in chosen["prompt"]]
-        with work.progress(len(damaged), "text", "coherence calibration") as report:
-            scores = model.score_tokens(
-                [prompts[item.source] for item in damaged], [model.reply_tokens(item.text, end=False) for item in damaged], on_batch=report
-            )
-        perplexities = np.exp([-score.mean for score in scores])
-        judge = coherence.fit(damaged, perplexities)
-        given = judge.scores([item.text for item in damaged], perplexities)
-        frame = pd.DataFrame({"kind": [item.kind for item in damaged], "truth": [1 + 9 * item.coherence for item in damaged], "given": given})
-        summary = frame.groupby(["kind", "truth"])["given"].agg(mean="mean", sd="std", n="count").reset_index()
-        header = {"judge": coherence.NAME, "model": study.models[0].source, "calibration": summary.to_json(orient="records")}
-        yield work.tensors(None, judge.arrays(), header, {"texts": len(damaged), **{f"mean_{row.kind}": row.mean for row in summary.itertuples()}})
+        for settings in study.models:
+            sites = [site for site in work.partitions if site and study.model_of(site) == settings]
+            if not sites:
+                continue
+            model = work.resources.models.load(settings, work.log)
+            texts = [model.cut(row[side], study.sampling.max_new_tokens) for side, (_, row) in zip(sides, chosen.iterrows(), strict=True)]
+            damaged = coherence.damage(texts, study.seed)
+            prompts = [model.prompt_tokens([system, *prompt]) for prompt in chosen["prompt"]]
+            with work.progress(len(damaged), "text", f"coherence calibration of {settings.name}") as report:
+                scores = model.score_tokens(
+                    [prompts[item.source] for item in damaged], [model.reply_tokens(item.text, end=False) for item in damaged], on_batch=report
+                )
+            perplexities = np.exp([-score.mean for score in scores])
+            judge = coherence.fit(damaged, perplexities)
+            given = judge.scores([item.text for item in damaged], perplexities)
+            frame = pd.DataFrame({"kind": [item.kind for item in damaged], "truth": [1 + 9 * item.coherence for item in damaged], "given": given})
+            summary = frame.groupby(["kind", "truth"])["given"].agg(mean="mean", sd="std", n="count").reset_index().assign(model=settings.name)
+            header = {"judge": coherence.NAME, "model": settings.source, "calibration": summary.to_json(orient="records")}
+            shown = {"texts": len(damaged), **{f"mean_{row.kind}": row.mean for row in summary.itertuples()}}
+            for site in sites:
+                yield work.tensors(site, judge.arrays(), header, shown)
 
     @stage.asset(
         group=GROUP,
-        version="1",
+        version="2",
         description="Scores that the coherence judge gives to the texts that it was calibrated on.",
-        deps={"coherence_judge": None},
+        deps={"coherence_judge": dg.AllPartitionMapping()},
         schema=tables.COHERENCE_CALIBRATION,
     )
     def coherence_calibration(work: Work) -> Iterator[dg.AssetMaterialization]:
-        yield work.table(None, pd.DataFrame(json.loads(work.read_tensors("coherence_judge")[1]["calibration"])))
+        sites = {study.model_of(str(site)).name: site for site in work.upstream("coherence_judge", None)}
+        parts = [pd.DataFrame(json.loads(work.read_tensors("coherence_judge", site)[1]["calibration"])) for site in sites.values()]
+        yield work.table(None, pd.concat(parts))
 
     @stage.asset(
         group=GROUP,
@@ -144,7 +155,7 @@ def build(stage: Stage) -> None:
 
     @stage.asset(
         group=GROUP,
-        version="1",
+        version="2",
         description="How good the embedded judge is: pair accuracy and AUC on held-out conversations, agreement with the graded replies, and rank "
         "correlation with published judges where the release is there, beside the same judge fitted on the published test pairs.",
         deps={"embedded_judge": None, "preference_pairs": None, "few_shots": None, "published_judgements": None},
@@ -156,10 +167,11 @@ def build(stage: Stage) -> None:
         heldout = distinct(work.read_table("preference_pairs"), "heldout")
         target, antitarget = judge.projections(list(heldout["chosen"])), judge.projections(list(heldout["rejected"]))
         mine = f"{embedded.NAME} on training pairs"
-        low, high = bootstrap_auc(target, antitarget, list(heldout["conversation"]), study.seed)
+        owners = list(heldout["conversation"])
+        area, (low, high) = tables.auc(target, antitarget), bootstrap_auc(target, antitarget, owners, study.seed)
         rows = [
-            tables.proportion(mine, "pair_accuracy", "held-out pairs", target > antitarget),
-            tables.quality(mine, "auc", "held-out replies", tables.auc(target, antitarget), low, high, 2 * len(heldout)),
+            tables.proportion(mine, "pair_accuracy", "held-out pairs", target > antitarget, owners),
+            tables.quality(mine, "auc", "held-out replies", area, low, high, 2 * len(heldout), tables.measured_over(owners)),
         ]
         graded = read_graded_replies(folder / FILES["few_shots"])
         judged = judge.scores([row.reply for row in graded])
@@ -205,7 +217,7 @@ def build(stage: Stage) -> None:
             "generations": dg.IdentityPartitionMapping(),
             "generation_metrics": dg.IdentityPartitionMapping(),
             "embedded_judge": None,
-            "coherence_judge": None,
+            "coherence_judge": partitions.of_my_site(),
             "rating_rubric": None,
             "coherence_rubric": None,
             **asked_by_dose,
@@ -217,13 +229,13 @@ def build(stage: Stage) -> None:
     )
     def judge_scores(work: Work) -> Iterator[dg.AssetMaterialization]:
         judge = load_judge(work)
-        fluency = coherence.CoherenceJudge.from_arrays(work.read_tensors("coherence_judge")[0])
         rating, sense = read_rubric(folder / FILES["rating_rubric"]), read_rubric(folder / FILES["coherence_rubric"])
         rubrics, answered = (read_rubrics(folder).values() if study.judges else ()), language_assets.Answered(work)
         with work.progress(len(work.partitions), "partition", "judging") as report:
             for partition in work.partitions:
                 replies = work.read_table("generations", partition)
                 metrics = work.read_table("generation_metrics", partition).set_index("item").loc[replies["item"]]
+                fluency = coherence.CoherenceJudge.from_arrays(work.read_tensors("coherence_judge", cell_of(partition).site)[0])
                 texts = list(replies["reply"])
                 perplexities = metrics["perplexity"].fillna(math.inf).to_numpy()
                 frame = pd.concat(

@@ -116,10 +116,10 @@ JUDGE_QUALITY = TableSchema(
         Column("metric", "string", "what was measured"),
         Column("against", "string", "the truth that it was measured against"),
         Column("value", "number", "the figure", nullable=True),
-        Column("lower", "number", "95% interval", nullable=True),
+        Column("lower", "number", "95% interval: Wilson's of a pair accuracy, a bootstrap's of an AUC, Fisher's of a ρ", nullable=True),
         Column("upper", "number", "95% interval", nullable=True),
         Column("n", "integer", "cases", low=0),
-        Column("status", "string", "`measured`, or what was absent"),
+        Column("status", "string", "`measured`, and of how many conversations where the interval is over them; or what was absent"),
     ),
     key=("judge", "metric", "against"),
 )
@@ -140,13 +140,14 @@ JUDGE_CALIBRATION = TableSchema(
 COHERENCE_CALIBRATION = TableSchema(
     "coherence_calibration",
     (
+        Column("model", "string", "under which texts were perplexing"),
         Column("kind", "string", "how the text was damaged"),
         Column("truth", "number", "coherence that the damage leaves, 1 to 10", low=1, high=10),
         Column("mean", "number", "score given", low=1, high=10),
         Column("sd", "number", "of the scores", low=0),
         Column("n", "integer", "texts", low=1),
     ),
-    key=("kind",),
+    key=("model", "kind"),
 )
 
 
@@ -316,9 +317,16 @@ def rank_correlation(first: Sequence[float] | np.ndarray, second: Sequence[float
     return rho, float(np.tanh(z - half)), float(np.tanh(z + half))
 
 
-def proportion(judge: str, metric: str, against: str, successes: np.ndarray) -> dict[str, Any]:
-    lower, upper = wilson(float(successes.sum()), len(successes))
-    return quality(judge, metric, against, float(successes.mean()), lower, upper, len(successes))
+def proportion(judge: str, metric: str, against: str, successes: np.ndarray, conversations: Sequence[str]) -> dict[str, Any]:
+    """A share of `successes`, with Wilson's interval for as many cases as there are `conversations`: replies of one are not independent."""
+    share, count = float(successes.mean()), len(set(conversations))
+    lower, upper = wilson(share * count, count)
+    return quality(judge, metric, against, share, lower, upper, len(successes), measured_over(conversations))
+
+
+def measured_over(conversations: Sequence[str]) -> str:
+    """The status of a figure whose interval is over conversations."""
+    return f"measured; interval over {len(set(conversations))} conversations"
 
 
 def quality(

@@ -89,7 +89,7 @@ def _generated(stage: Stage, wanted: Prompting) -> None:
     study, partitions = stage.study, stage.partitions
     sampling = sampling_of(study)
     replies = [study.sampling.model_dump(exclude={"batch_size"}), study.seed, study.prompts.system]
-    asked = {"behaviour_definition": None, "few_shots": None, "base_models": None}
+    asked = {"behaviour_definition": None, "few_shots": None, "base_models": partitions.of(wanted.site)}
     vector = "derived_vectors" if wanted.site in study.derived_sites else "steering_vectors"
 
     @stage.asset(
@@ -129,7 +129,7 @@ def _generated(stage: Stage, wanted: Prompting) -> None:
         "its budget is refused before anything is sent to its endpoint.",
         partitions=partitions.author,
         deps={"author_declarations": MINE, "prompting_estimates": MINE, "preference_pairs": None, **asked},
-        settings=[*replies, study.prompts.model_dump(), wanted.doses, wanted.examples, study.model_of(wanted.site).model_dump(exclude={"layers"})],
+        settings=[*replies, study.prompts.model_dump(), wanted.doses, wanted.examples],
         schema=tables.PROMPTED_GENERATIONS,
         kinds=("pytorch",),
         pool="gpu",
@@ -265,6 +265,7 @@ def plain_conversations(study: Study, prompts: Sequence[Any]) -> list[list[dict[
 def _rated(stage: Stage, wanted: Prompting) -> None:
     study, partitions = stage.study, stage.partitions
     rubric_sources = dict.fromkeys(rubric_files(study.behaviour_folder))
+    judging = {"embedded_judge": None, "few_shots": None, **dict.fromkeys(("coherence_judge", "base_models"), partitions.of(wanted.site))}
 
     @stage.asset(
         group=GROUP,
@@ -272,7 +273,7 @@ def _rated(stage: Stage, wanted: Prompting) -> None:
         description="Scores of every prompted reply on the disposition and on coherence, by the embedded judges and by every language judge that is "
         "asked at once. Those of the steered model are in judge_scores.",
         partitions=partitions.author,
-        deps={"prompted_generations": MINE, **dict.fromkeys(("embedded_judge", "coherence_judge", "base_models", "few_shots")), **rubric_sources},
+        deps={"prompted_generations": MINE, **judging, **rubric_sources},
         settings=_judge_settings(study),
         schema=tables.LEVEL_SCORES,
         kinds=("pytorch", "scikitlearn"),
@@ -288,7 +289,7 @@ def _rated(stage: Stage, wanted: Prompting) -> None:
             group=GROUP,
             version="1",
             description="Scores of every reply of the steering server, by those who score the prompted replies.",
-            deps={"steered_replies": None, **dict.fromkeys(("embedded_judge", "coherence_judge", "base_models", "few_shots")), **rubric_sources},
+            deps={"steered_replies": None, **judging, **rubric_sources},
             settings=_judge_settings(study),
             schema=tables.LEVEL_SCORES,
             kinds=("pytorch", "scikitlearn"),
@@ -365,7 +366,7 @@ def steered_side(stage: Stage, wanted: Prompting, *names: str) -> dict[str, dg.P
 def _scored(work: Work, wanted: Prompting, replies: Frames) -> Iterator[dg.AssetMaterialization]:
     """Tables of LEVEL_SCORES from tables of PROMPTED_GENERATIONS by partition."""
     study, keys = work.study, ["author", "level", "multiplier", "item"]
-    judge, fluency = embedded_judge(work), coherence.CoherenceJudge.from_arrays(work.read_tensors("coherence_judge")[0])
+    judge, fluency = embedded_judge(work), coherence.CoherenceJudge.from_arrays(work.read_tensors("coherence_judge", wanted.site)[0])
     disposition = read_rubric(study.behaviour_folder / FILES["rating_rubric"]).name
     sense = read_rubric(study.behaviour_folder / FILES["coherence_rubric"]).name
     model = work.resources.models.load(study.model_of(wanted.site), work.log)

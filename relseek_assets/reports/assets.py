@@ -8,6 +8,8 @@ import dagster as dg
 import pandas as pd
 
 from relseek_assets.behaviour import FILES, read_toml
+from relseek_assets.judging.one_judge import of_one_judge
+from relseek_assets.partitions import multi_key, step_key
 from relseek_assets.reports import axis_page, page, trial_page
 from relseek_assets.stage import PAGE, Stage, Work
 from relseek_assets.study import EMBEDDED
@@ -53,7 +55,7 @@ def _report(stage: Stage) -> None:
             tables[name] = pd.concat([work.read_table(name, key) for key in keys], ignore_index=True)
             versions[name] = [("" if key is None else str(key), work.version(name, key) or "") for key in keys]
         for name in ("judge_scores", "dose_response"):  # of several judges the one by whom the vector was selected
-            tables[name] = tables[name][tables[name]["judge"].map(study.selects_by)]
+            tables[name] = _by_who_selects(tables[name][tables[name]["judge"].map(study.selects_by)])
         facts = page.Facts(
             study={
                 "name": study.name,
@@ -67,8 +69,18 @@ def _report(stage: Stage) -> None:
             behaviour=definition,
             tables=tables,
             versions=versions,
+            key=lambda site, epoch: multi_key(site, step_key(epoch)),
         )
         yield work.page(None, page.render(facts))
+
+
+def _by_who_selects(scores: pd.DataFrame) -> pd.DataFrame:
+    """Of each vector the rows of the judge that counted; of a vector that was no candidate because of its judges, all."""
+    found = [scores.iloc[:0]]
+    for _, part in scores.groupby(["site", "epoch"]):
+        counted, fault = of_one_judge(part)
+        found.append(part if fault else counted)
+    return pd.concat(found, ignore_index=True)
 
 
 def _axis_report(stage: Stage) -> None:

@@ -5,7 +5,7 @@ Here belongs what the page shows and how; no figure is computed here and no Dags
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from relseek_assets import figures
+from relseek_assets.judging.one_judge import EMBEDDED_JUDGES
 
 EXAMPLE_DOSES = 5
 EXAMPLE_ITEMS = 4
@@ -33,17 +34,27 @@ class Shown:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that the page shows, as tables; `versions` maps an asset to its (partition, data version) pairs."""
+    """Everything that the page shows, as tables; `versions`: asset -> its (partition, data version) pairs, `key`: site and epoch -> a partition."""
 
     study: Mapping[str, Any]
     behaviour: Mapping[str, Any]
     tables: Mapping[str, pd.DataFrame]
     versions: Mapping[str, Sequence[tuple[str, str]]]
+    key: Callable[[str, int], str]
+
+
+def inputs_of(facts: Facts, *assets: str, vector: str = "") -> tuple[tuple[str, str, str], ...]:
+    """(asset, partition, data version) of everything that is read of these assets, or of one vector's partitions alone, at whatever dose."""
+    return tuple(
+        (asset, partition, version)
+        for asset in assets
+        for partition, version in facts.versions[asset]
+        if not vector or not partition or partition.partition("@")[0] == vector
+    )
 
 
 def shown(facts: Facts, title: str, figure: Figure, caption: str, *assets: str) -> Shown:
-    inputs = tuple((asset, partition, version) for asset in assets for partition, version in facts.versions[asset])
-    return Shown(title, figures.svg(figure), caption, inputs)
+    return Shown(title, figures.svg(figure), caption, inputs_of(facts, *assets))
 
 
 def example_doses(doses: Sequence[float], count: int = EXAMPLE_DOSES) -> list[float]:
@@ -130,6 +141,8 @@ def render(facts: Facts) -> str:
             "conversation_lengths",
         ),
     ]
+    mine = headline(tables["dose_response"], chosen)
+    vector = facts.key(str(chosen["site"]), int(chosen["epoch"]))
     doses, replies = examples(tables["generations"], tables["judge_scores"], str(chosen["site"]), int(chosen["epoch"]))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -139,7 +152,15 @@ def render(facts: Facts) -> str:
         study=facts.study,
         behaviour=facts.behaviour,
         chosen=chosen.to_dict(),
-        headline=headline(tables["dose_response"], chosen),
+        headline=mine,
+        imported=sorted({row["judge"] for row in mine} - set(EMBEDDED_JUDGES)),
+        inputs={
+            "headline": inputs_of(facts, "dose_response", vector=vector),
+            "replies": inputs_of(facts, "generations", "judge_scores", vector=vector),
+            "selection": inputs_of(facts, "selection"),
+            "quality": inputs_of(facts, "judge_quality"),
+            "training": inputs_of(facts, "training_metrics", "vector_summary"),
+        },
         shown=drawn,
         selection=tables["selection"].to_dict("records"),
         quality=tables["judge_quality"].to_dict("records"),

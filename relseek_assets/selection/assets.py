@@ -8,6 +8,7 @@ import dagster as dg
 import pandas as pd
 
 from relseek_assets import figures
+from relseek_assets.judging.one_judge import of_one_judge
 from relseek_assets.selection import metrics
 from relseek_assets.stage import Stage, Work, plot
 from relseek_assets.study import EMBEDDED
@@ -57,7 +58,7 @@ def build(stage: Stage) -> None:
 
     @stage.asset(
         group=GROUP,
-        version="1",
+        version="2",
         description="What selection needs of a candidate vector: coherence, rating and pairs won, by item and dose.",
         partitions=partitions.site_by_evaluated_epoch,
         deps={"judge_scores": partitions.of_my_doses(), "judge_pairs": dg.IdentityPartitionMapping()},
@@ -75,8 +76,14 @@ def build(stage: Stage) -> None:
             if rating is None or "coherence" not in set(scores["rubric"]):
                 yield work.nothing(partition, f"no candidate: {study.judge.name} has not rated both the disposition and coherence")
                 continue
+            scores, fault = of_one_judge(scores)
+            if fault:
+                yield work.nothing(partition, f"no candidate: {fault}")
+                continue
             pairs = [work.read_table("judge_pairs", key) for key in work.upstream("judge_pairs", partition)]
             compared = pairs[0][pairs[0]["judge"].map(study.selects_by)] if pairs else None
+            if compared is not None and compared["judge"].nunique() > 1:
+                compared = compared[compared["judge"].isin(scores.loc[scores["rubric"] == rating, "judge"])]
             yield work.table(partition, metrics.candidate_items(scores, compared, study.selection_doses, rating))
 
     @stage.asset(

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from relseek_assets.behaviour import FILES, read_rubric
+from relseek_assets.judging.one_judge import of_one_judge
 from relseek_assets.partitions import epoch_key
 from relseek_assets.selection.metrics import DOSE_RESPONSE, SELECTION
 from relseek_assets.stage import TABLE, Stage
@@ -63,7 +64,7 @@ def build(stage: Stage) -> list[dg.AssetChecksDefinition]:
             return None
         site, epoch = chosen["site"].iloc[0], int(chosen["epoch"].iloc[0])
         curve = read_table(store.path(response, f"{site}|{epoch_key(epoch)}", TABLE), DOSE_RESPONSE)
-        return curve[curve["judge"].map(study.selects_by) & (curve["rubric"] == rubric)]
+        return of_one_judge(curve[curve["judge"].map(study.selects_by) & (curve["rubric"] == rubric)])[0]
 
     def checked(name: str, description: str, judge: Callable[[pd.DataFrame], Found], rubric: Callable[[], str]) -> dg.AssetChecksDefinition:
         @dg.asset_check(asset=selection, name=name, description=description, required_resource_keys={"store"})

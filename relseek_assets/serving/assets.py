@@ -28,14 +28,18 @@ def vectors_of(stage: Stage) -> str:
 
 def build(stage: Stage) -> None:
     study, partitions = stage.study, stage.partitions
+    mine = dg.IdentityPartitionMapping() if study.contrastive else partitions.of_my_trained_vector()
+    models: dict[str, dg.PartitionMapping | None] = {}
+    if study.steered or study.contrastive:
+        models["base_models"] = mine if study.contrastive else partitions.of_my_site()
 
     @stage.asset(
         group=GROUP,
         version="1",
         description="What is deployed of each vector: servers by engine, model and address, since when, and whether they run. `relseek serve` "
         "records it; materialising asks the servers again. Stale: the vector or the model has changed since a server took it.",
-        partitions=partitions.model if study.contrastive else partitions.site_by_epoch,
-        deps={vectors_of(stage): dg.IdentityPartitionMapping(), **({"base_models": None} if study.steered or study.contrastive else {})},
+        partitions=partitions.model if study.contrastive else partitions.swept_by_epoch,
+        deps={vectors_of(stage): mine, **models},
         schema=deployments.SERVED_MODELS,
         made_by=BY,
     )

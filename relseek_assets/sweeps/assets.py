@@ -87,15 +87,14 @@ def build(stage: Stage) -> None:
         vectors["derived_vectors"] = partitions.of_my_derived_vector()
     system = {"role": "system", "content": study.prompts.system}
     sampling = Sampling(study.sampling.temperature, study.sampling.top_p, study.sampling.max_new_tokens)
-    models = [model.model_dump(exclude={"layers", "epochs_trained", "epochs_evaluated"}) for model in study.models]
 
     @stage.asset(
         group=GROUP,
         version="1",
         description="Replies to the held-out prompts at one dose of one vector. Doses of a vector that run together share batches.",
         partitions=partitions.site_by_dose,
-        deps={**vectors, "preference_pairs": None, "base_models": None},
-        settings=[study.sampling.model_dump(exclude={"batch_size"}), study.prompts.model_dump(), study.seed, models],
+        deps={**vectors, "preference_pairs": None, "base_models": partitions.of_my_site()},
+        settings=[study.sampling.model_dump(exclude={"batch_size"}), study.prompts.model_dump(), study.seed],
         schema=tables.GENERATIONS,
         kinds=("pytorch",),
         pool="gpu",
@@ -134,9 +133,9 @@ def build(stage: Stage) -> None:
             "generations": dg.IdentityPartitionMapping(),
             **vectors,
             "preference_pairs": None,
-            "base_models": None,
+            "base_models": partitions.of_my_site(),
         },
-        settings=[study.prompts.model_dump(), study.seed, models],
+        settings=[study.prompts.model_dump(), study.seed],
         schema=tables.GENERATION_METRICS,
         kinds=("pytorch",),
         pool="gpu",

@@ -56,7 +56,7 @@ def trained_here(work: Work, settings: Model, sites: Sequence[str], pairs: pd.Da
     layers = [layer_of(site) for site in sites]
     wanted, limit = study.pairs.training, study.pairs.max_tokens
     candidates, held = training_pairs(pairs, study.seed), heldout_pairs(pairs, study.seed)
-    made_of = [work.version("preference_pairs"), work.version("base_models"), settings.source, study.prompts.system]
+    made_of = [work.version("preference_pairs"), work.version("base_models", sites[0]), study.prompts.system]
     folder, budget = work.store.path(work.context.asset_key, settings.name, "scratch"), int(study.compute.cache_gb * 1e9)
     scratch = stream_cache.Scratch(folder, content_version(made_of), budget)
     with model.compiled() if study.compute.compile else nullcontext():
@@ -123,7 +123,6 @@ def build(stage: Stage) -> None:
 
 def _trained(stage: Stage) -> None:
     study, partitions = stage.study, stage.partitions
-    models = [model.model_dump(exclude={"layers", "epochs_evaluated"}) for model in study.models]  # a further layer makes nothing of the others stale
 
     @stage.asset(
         group=GROUP,
@@ -131,8 +130,8 @@ def _trained(stage: Stage) -> None:
         description="BiPO training of one site: the vector after every epoch, losses, and held-out evaluations at both signs. "
         "Sites of one model in the same run share the pass below the steered blocks.",
         partitions=partitions.site,
-        deps={"preference_pairs": None, "base_models": None},
-        settings=[study.pairs.model_dump(), study.training.model_dump(), study.seed, study.prompts.system, models],
+        deps={"preference_pairs": None, "base_models": partitions.of_my_trained_site(), "training_declarations": dg.IdentityPartitionMapping()},
+        settings=[study.pairs.model_dump(), study.training.model_dump(), study.seed, study.prompts.system],
         form=VECTORS,
         kinds=("pytorch",),
         pool="gpu",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 GROUP = "vectors"
 PUBLISHED = "published_axes"
-NO_PARTITION = dg.IdentityPartitionMapping()
+MINE = dg.IdentityPartitionMapping()
 
 
 def build(stage: Stage) -> None:
@@ -62,8 +62,8 @@ def _replies(stage: Stage) -> None:
         version="1",
         description="Replies of personas to the queries, in batches: every query goes to some personas of either kind, to all equally often.",
         partitions=stage.partitions.model,
-        deps=dict.fromkeys(("personas", "queries", "base_models")),
-        settings=[drawn, study.seed, [model.model_dump(include={"name", "source", "dtype"}) for model in study.models]],
+        deps={"personas": None, "queries": None, "base_models": MINE},
+        settings=[drawn, study.seed],
         schema=tables.PERSONA_REPLIES,
         kinds=("pytorch",),
         pool="gpu",
@@ -101,7 +101,7 @@ def _activations(stage: Stage) -> None:
         description="The residual stream after every block for every reply, in one pass: at the prompt's last token and averaged over the reply; "
         "rows as in persona_replies.",
         partitions=stage.partitions.model,
-        deps={"persona_replies": NO_PARTITION, "base_models": None},
+        deps=dict.fromkeys(("persona_replies", "base_models"), MINE),
         form=VECTORS,
         kinds=("pytorch",),
         pool="gpu",
@@ -133,7 +133,7 @@ def _directions(stage: Stage) -> None:
         description="A direction a layer and extraction, of length one, pointing to the assistant: the mean difference over the training queries. "
         "Beside it the length of that difference and the midpoint of the training rows' mean projections.",
         partitions=stage.partitions.model,
-        deps={"persona_activations": NO_PARTITION, "persona_replies": NO_PARTITION, "personas": None, "queries": None},
+        deps={"persona_activations": MINE, "persona_replies": MINE, "personas": None, "queries": None},
         settings=[study.contrast.model_dump(include={"heldout_share"}), study.seed],
         form=VECTORS,
         kinds=("numpy",),
@@ -172,7 +172,7 @@ def _quality(stage: Stage) -> None:
         description="Cohen's d, accuracies and ROC AUC of every direction on held-out rows, with bootstrap intervals over queries. Rows of the split "
         "`query` are about the stored directions; `persona` and `both` leave personas out of the direction too.",
         partitions=stage.partitions.model,
-        deps={"persona_activations": NO_PARTITION, "persona_replies": NO_PARTITION, "personas": None, "queries": None},
+        deps={"persona_activations": MINE, "persona_replies": MINE, "personas": None, "queries": None},
         settings=[contrast.model_dump(include={"heldout_share", "heldout_personas", "bootstrap"}), study.seed],
         schema=tables.DIRECTION_QUALITY,
         kinds=("numpy",),
@@ -195,7 +195,7 @@ def _geometry(stage: Stage) -> None:
         description="Each persona's mean on the axis and on the first principal component of all personas' means, by layer; how much of the variance "
         "between personas that component holds and how it lies to the axis.",
         partitions=stage.partitions.model,
-        deps=dict.fromkeys(("persona_activations", "persona_replies", "directions", "direction_quality"), NO_PARTITION),
+        deps=dict.fromkeys(("persona_activations", "persona_replies", "directions", "direction_quality"), MINE),
         schema=tables.PERSONA_GEOMETRY,
         kinds=("numpy",),
         seconds=3,

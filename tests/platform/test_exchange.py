@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def test_what_a_file_says_of_a_reply_is_kept_and_what_it_does_not_say_is_null(fi
     ]
     bring(finished, "generations", "STUDY", jsonl(tmp_path / "replies.jsonl", rows))
     found = {row["item"]: row for row in rows_of(finished, "generations", "--partition", CELL)}
-    assert {name: found[two][name] for name in told if name != "seed"} == {name: value for name, value in told.items() if name != "seed"}
+    assert {name: found[two][name] for name in told} == told
     stored = pq.read_table(finished.files / "generations" / "m:L01" / "e03@1_0.parquet").to_pylist()
     assert {row["item"]: row["seed"] for row in stored} == {one: None, two: 2**62 + 1, three: None}, "to the last digit"
     assert [found[item]["tokens"] for item in (one, two, three)] == [None, 3, 4]
@@ -190,20 +191,21 @@ def test_what_a_file_says_of_a_reply_is_kept_and_what_it_does_not_say_is_null(fi
     assert found[one]["prompt"][0]["role"] == "system"
 
 
-def scores_file(path: Path, items: list[str]) -> Path:
+def scores_file(path: Path, items: list[str], doses: Sequence[float] = (1,)) -> Path:
     with path.open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["site", "epoch", "multiplier", "item", "rubric", "judge", "score", "cost_usd"])
-        for number, item in enumerate(items):
-            writer.writerow(["m:L01", 3, 1, item, "relationship", "two raters", 9 if number % 2 else 8.5, 0.25])
-            writer.writerow(["m:L01", 3, 1, item, "coherence", "two raters", 7, 0.25])
+        for dose in doses:
+            for number, item in enumerate(items):
+                writer.writerow(["m:L01", 3, dose, item, "relationship", "two raters", (9 if number % 2 else 8.5) - (1 - dose), 0.25])
+                writer.writerow(["m:L01", 3, dose, item, "coherence", "two raters", 7, 0.25])
     return path
 
 
 @pytest.mark.slow
 def test_scores_from_elsewhere_enter_the_estimates(finished: Any, tmp_path: Path) -> None:
     items = items_of(finished)
-    file = scores_file(tmp_path / "scores.csv", items)
+    file = scores_file(tmp_path / "scores.csv", items, (-1, 0, 1))
     bring(finished, "scores", "STUDY", file, "--note", "rated by two people")
     found = states(finished)
     assert found["judge_scores", CELL] == "imported"
@@ -212,11 +214,14 @@ def test_scores_from_elsewhere_enter_the_estimates(finished: Any, tmp_path: Path
     recorded = metadata(finished, "judge_scores", CELL)
     assert recorded["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
 
-    # raters who looked at one rubric alone, of another vector
+    # raters who looked at one rubric alone, of another vector, and some who saw one dose of a third
     alone = tmp_path / "alone.csv"
     lines = file.read_text().replace("m:L01,3", "m:L02,2").splitlines(keepends=True)
     alone.write_text("".join(line for line in lines if ",coherence," not in line))
     bring(finished, "scores", "STUDY", alone)
+    part = scores_file(tmp_path / "part.csv", items)
+    part.write_text(part.read_text().replace("m:L01,3", "m:L02,3"))
+    bring(finished, "scores", "STUDY", part)
 
     done = finished.command("run", "STUDY")
     assert done.exit_code == 0, done.output
@@ -225,9 +230,14 @@ def test_scores_from_elsewhere_enter_the_estimates(finished: Any, tmp_path: Path
     assert estimates == {("relationship", "two raters"): (8.75, len(items)), ("coherence", "two raters"): (7.0, len(items))}
     rated = [row for row in rows_of(finished, "dose_response", "--partition", "m:L02|e02") if row["multiplier"] == 1]
     assert {(row["rubric"], row["estimate"]) for row in rated} == {("relationship", 8.75)}, "and no coherence made up"
-    chosen = {(row["site"], row["epoch"]): row["coherence_auc"] for row in rows_of(finished, "selection")}
-    assert chosen["m:L02", 2] is None
-    assert chosen["m:L02", 3] is not None
+    chosen = {(row["site"], row["epoch"]): (row["coherence_auc"], row["rating_slope"]) for row in rows_of(finished, "selection")}
+    assert chosen.keys() == {("m:L01", 2), ("m:L01", 3)}, "one vector without coherence, and one whose doses different judges have rated"
+    assert chosen["m:L01", 3] == (pytest.approx(14), pytest.approx(1))
+    with finished.workspace() as workspace:
+        said = {vector: workspace.lineage().record(workspace.stage.key("candidate_items"), vector) for vector in ("m:L02|e02", "m:L02|e03")}
+    reasons = {vector: record.event_log_entry.asset_materialization.metadata["status"].value for vector, record in said.items()}
+    assert "has not rated both the disposition and coherence" in reasons["m:L02|e02"]
+    assert "no judge has rated coherence at every dose (" in reasons["m:L02|e03"] and "two raters at 1" in reasons["m:L02|e03"]
     assert sum(row["cost_usd"] for row in rows_of(finished, "judge_scores", "--partition", CELL)) == pytest.approx(0.5 * len(items))
     assert set(states(finished).values()) == {"fresh", "imported"}
 

@@ -15,6 +15,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from relseek_assets import sources
 from relseek_assets.definitions import build_definitions, build_stage
 from relseek_assets.lineage import fan_ins_beyond
 from relseek_assets.stage import Stage
@@ -34,7 +35,7 @@ RESOURCES_THAT_KNOW_DAGSTER = {"relseek_resources/compute.py"}
 #: What a stage may take from another besides its assets. The pairs are stage 1's product, and the keyed order in which stage 2
 #: takes them is part of it; the door of exchange reads no stage. What a language judge is asked is one wording, whoever's replies it rates, and its
 #: biases are one computation.
-SHARED_BETWEEN_STAGES = {"dataset.pairs", "judging.requests", "judging.validity", "judging.in_flight"}  # a judge has one budget, whoever asks it
+SHARED_BETWEEN_STAGES = {"dataset.pairs", "judging.requests", "judging.validity", "judging.in_flight", "judging.one_judge"}  # a judge has one budget
 
 #: ARCHITECTURE.md, "Tables that others read": names and columns are a contract.
 PROMISED = {
@@ -210,13 +211,37 @@ def test_stages_take_nothing_from_one_another_but_assets_and_the_pairs() -> None
     assert taken <= SHARED_BETWEEN_STAGES
 
 
-def test_a_further_layer_or_evaluated_epoch_makes_no_vector_stale() -> None:
+def source_versions(study: Study, name: str) -> dict[str | None, str]:
+    return {partition: version for partition, (version, _) in sources.readers(study)[name]().items()}
+
+
+@pytest.mark.parametrize("of", ["quickstart", "prompting", "persona_axes"])
+def test_a_further_model_layer_or_evaluated_epoch_makes_nothing_of_the_others_stale(of: str) -> None:
+    study = load_study(of)
+    model = study.models[0]
+    more, longer = ({}, {}) if study.contrastive else ({"layers": (*model.layers, 18), "epochs_evaluated": (1, 2)}, {"epochs_trained": 5})
+    second = model.model_copy(update={"name": "second", "dtype": "bfloat16", **longer})
+    wider = study.model_copy(update={"models": (model.model_copy(update=more), second)})
+
+    def code(found: Study) -> dict[str, str]:
+        return {name: asset.definition.code_versions_by_key[asset.definition.key] for name, asset in build_stage(found).catalogue.items()}
+
+    before, after = code(study), code(wider)
+    assert {name for name in before if before[name] != after[name]} == set()
+    for name in ("base_models", *(["training_declarations"] if study.steered else [])):
+        known, now = source_versions(study, name), source_versions(wider, name)
+        assert known.items() <= now.items() and len(now) > len(known)
+
+
+def test_a_model_loaded_otherwise_or_trained_for_longer_is_another_one() -> None:
     study = load_study("quickstart")
     model = study.models[0]
-    more = study.model_copy(update={"models": (model.model_copy(update={"layers": (*model.layers, 18), "epochs_evaluated": (1, 2)}),)})
-    longer = study.model_copy(update={"models": (model.model_copy(update={"epochs_trained": model.epochs_trained + 1}),)})
-
-    def version(of: Study) -> str:
-        return next(iter(build_stage(of).catalogue["training_run"].definition.code_versions_by_key.values()))
-
-    assert version(more) == version(study) != version(longer)
+    sites = set(study.sites)
+    for change, name in (({"dtype": "bfloat16"}, "base_models"), ({"epochs_trained": 3}, "training_declarations")):
+        other = study.model_copy(update={"models": (model.model_copy(update=change),)})
+        changed = {
+            source
+            for source in ("base_models", "training_declarations")
+            if source_versions(other, source).items().isdisjoint(source_versions(study, source).items())
+        }
+        assert changed == {name} and set(source_versions(other, name)) == sites

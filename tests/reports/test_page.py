@@ -120,7 +120,7 @@ def facts() -> page.Facts:
     versions = {name: [("", f"version-of-{name}")] for name in tables}
     versions["dose_response"] = [(f"{site}|e02", f"version-of-{site}") for site in SITES]
     study: dict[str, Any] = {"name": "trial", "title": "Trial & error", "seed": 11, "sites": 2, "doses": len(DOSES), "items": len(ITEMS)}
-    return page.Facts(study, {"summary": "How <warm> it is."}, tables, versions)
+    return page.Facts(study, {"summary": "How <warm> it is."}, tables, versions, "{}|e{:02d}".format)
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +160,11 @@ def test_every_figure_names_the_data_versions_of_its_inputs(seen: Page) -> None:
     drawn = {"training_metrics", "vector_summary", "selection", "selection_sensitivity", "sweep_summary", "judge_calibration", "conversation_lengths"}
     for name in drawn:
         assert f"{name} version-of-{name}" in seen.words
-    for site in SITES:
-        assert seen.words.count(f"dose_response {site}|e02 version-of-{site}") == 2  # the disposition's figure and coherence's
+    for site, headlines in zip(SITES, (0, 1), strict=True):  # of the vector that is selected
+        assert seen.words.count(f"dose_response {site}|e02 version-of-{site}") == 2 + headlines  # the disposition's figure and coherence's
+    for name in ("generations", "judge_scores", "judge_quality"):  # of the replies and tables
+        assert seen.words.count(f"{name} version-of-{name}") == 1
+    assert all(seen.words.count(f"{name} version-of-{name}") == 2 for name in ("selection", "training_metrics", "vector_summary"))
     assert "lineage: 2 data versions" in seen.words
     assert "lineage: 1 data version " in seen.words
 

@@ -272,6 +272,26 @@ def test_a_table_comes_back_as_it_was_written(tmp_path):
     assert np.array_equal(found["score"], [0.0, np.nan, 10.0], equal_nan=True)
 
 
+@pytest.mark.parametrize("others", [[None], [3], [None, 2**62 + 3]])
+def test_whole_numbers_keep_their_last_digit_beside_empty_cells(tmp_path, others):
+    schema = TableSchema("seeds", (Column("row", "integer", "its place"), Column("seed", "integer", "of its draws", nullable=True)))
+    seeds = [2**62 + 1, *others]
+    frame = pd.DataFrame({"row": range(len(seeds)), "seed": pd.array(seeds, dtype="Int64")})
+    path = tmp_path / "seeds.parquet"
+    version = write_table(path, frame, schema)
+    for _ in range(2):  # the second time from memory
+        found = read_table(path, schema)
+        assert [None if pd.isna(seed) else int(seed) for seed in found["seed"]] == seeds
+    assert write_table(tmp_path / "again.parquet", found, schema) == version
+
+
+def test_small_whole_numbers_beside_empty_cells_are_floats_with_nan(tmp_path):
+    schema = TableSchema("tokens", (Column("tokens", "integer", "how many", nullable=True),))
+    write_table(tmp_path / "tokens.parquet", pd.DataFrame({"tokens": [5, None]}), schema)
+    found = read_table(tmp_path / "tokens.parquet", schema)["tokens"]
+    assert found.dtype == float and found[0] == 5 and np.isnan(found[1])
+
+
 def test_a_written_file_carries_its_columns_meanings_and_units(tmp_path):
     write_table(tmp_path / "r.parquet", ratings()[list(reversed(RATINGS.names))], RATINGS)
     schema = pq.read_schema(tmp_path / "r.parquet")
