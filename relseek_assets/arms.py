@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from relseek_assets.commands import explained
-from relseek_resources.serving.trial_arms import Arm, Conduct, allocated, check_offered, read_allocation, write_once
+from relseek_resources.serving.trial_arms import Arm, Conduct, allocated, check_offered, read_allocation, room, write_once
 
 
 @click.group()
@@ -89,11 +89,13 @@ def make(
     conduct = Conduct(system=system, temperature=temperature, top_p=top_p, max_tokens=max_tokens, per_minute=per_minute)
     blocks, seed = blocks or (len(doses), 2 * len(doses)), secrets.randbits(53) if seed is None else seed
     allocation, made = allocated(study, of_arms, participants, blocks, seed, conduct)
-    check_offered(allocation, server.offered)
+    check_offered(allocation, server.offered, server.context)
     write_once(allocation, made, output, tokens)
     sizes = Counter(allocation.arm_of.values())
     click.echo(f"{output}: {participants} participants, " + ", ".join(f"λ {arm.name}: {sizes[arm.name]}" for arm in of_arms))
     click.echo(f"{tokens}: their tokens, without arms. They are nowhere else: keep this file, and {output} away from whoever is to stay blind")
+    if server.context is not None:
+        click.echo(f"on the server as it runs now, {room(conduct, server.context)}")
 
 
 @arms.command("serve")
@@ -124,11 +126,13 @@ def serve(file: Path, url: str, key: str | None, conversations: Path, host: str,
     from relseek_resources.serving.trial_log import TurnLog
 
     allocation, server = read_allocation(file), endpoint(url, key)
-    check_offered(allocation, server.offered)
+    check_offered(allocation, server.offered, server.context)
     client = openai.AsyncOpenAI(base_url=server.client.base_url, api_key=server.client.api_key, max_retries=1)
     trial = Trial(allocation, ServerSpeaker(client, server.model), TurnLog(conversations))
     click.echo(
         f"{allocation.study}: {len(allocation.arm_of)} participants in {len(allocation.arms)} arms, {len(trial.log.turns)} turns in {conversations}"
     )
     click.echo(f"http://{host}:{port}/trial/chat takes token and message; replies come from {server.model} at {url}")
+    if server.context is not None:
+        click.echo(room(allocation.conduct, server.context))
     uvicorn.run(create_app(trial), host=host, port=port, log_level="warning", access_log=False, server_header=False)

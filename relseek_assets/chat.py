@@ -131,12 +131,16 @@ class Served:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server that answers. `vectors` are as it lists them, by name; `offered` is that list whole (`GET /v1/relseek/vectors`)."""
+    """A server that answers. `vectors` are as it lists them, by name; `offered` is that list whole (`GET /v1/relseek/vectors`).
+
+    `context`: tokens of prompt and reply together, None where the server does not say.
+    """
 
     url: str
     client: Any
     model: str
     offered: dict[str, Any]
+    context: int | None = None
 
     @property
     def vectors(self) -> dict[str, dict[str, Any]]:
@@ -174,13 +178,14 @@ def endpoint(url: str, key: str | None = None, model: str | None = None) -> Endp
     base = url.rstrip("/")
     client = openai.OpenAI(base_url=base if base.endswith("/v1") else f"{base}/v1", api_key=key or "none", max_retries=1)
     try:
-        models = [one.id for one in client.models.list()]
+        models = {one.id: getattr(one, "max_model_len", None) for one in client.models.list()}
         offered = _offered(client)
     except openai.OpenAIError as error:
         raise ChatError(f"{url}: {_told(error)}; `relseek serve` starts a server and prints its address, --key gives its key") from error
     if not models or model not in (None, *models):
         raise ChatError(f"{url}: the server has no model {model!r}; there is {', '.join(models) or 'none'}")
-    return Endpoint(url, client, model or models[0], offered)
+    chosen = model or next(iter(models))
+    return Endpoint(url, client, chosen, offered, models[chosen])
 
 
 def _offered(client: Any) -> Any:

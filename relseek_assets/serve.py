@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,13 @@ DOSE_LIMIT = 20.0  # of vectors that no study declares a range for
 HASHES = "SHA256SUMS"
 EMBEDDED_ENGINE = "embedded"
 ROWS = 32
+# vLLM's options that relseek sets itself, and where it is told what to set: given again, they would win over what was checked and is printed.
+SET_HERE = {
+    "--host": "--host",
+    "--port": "--port",
+    "--api-key": "--key",
+    "--additional-config": "--vector, and dose_limit in the study",
+}
 
 
 @dataclass(frozen=True)
@@ -252,6 +260,7 @@ def serve_embedded(served: Served, settings: Settings, rows: int, length: int, t
     from relseek_resources.serving import chat
     from relseek_resources.serving.engine import Engine
     from relseek_resources.serving.server import create_app, run
+    from relseek_resources.serving.trial_arms import read_allocation, room
     from relseek_resources.serving.trial_chat import engine_routes
     from relseek_resources.serving.vectors import Configuration
 
@@ -261,6 +270,8 @@ def serve_embedded(served: Served, settings: Settings, rows: int, length: int, t
         routes = engine_routes(engine, settings, *trial) if trial else chat.routes()  # participants find no page whose sliders tell of doses
         app = create_app(engine, settings, routes)
         click.echo(described(served, settings, EMBEDDED_ENGINE, page=trial is None))
+        if trial:
+            click.echo(room(read_allocation(trial[0]).conduct, engine.length))
         witnessed(served, settings, EMBEDDED_ENGINE)
         run(app, settings)
     finally:
@@ -295,6 +306,19 @@ def vllm_command(served: Served, settings: Settings, length: int, more: Sequence
         command.append("--enforce-eager")
         environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
     return [*command, *more], environment
+
+
+def check_vllms_own(more: Sequence[str]) -> None:
+    """Refuse options of vLLM's that are relseek's to set, however vLLM lets them be written: =, underscores, a beginning, a part of their JSON.
+
+    Raises:
+        click.UsageError: it names relseek's own.
+    """
+    for one in more:
+        name = re.split("[=.]", one, maxsplit=1)[0].replace("_", "-")
+        for option, ours in SET_HERE.items():
+            if len(name) > len("--") and option.startswith(name):
+                raise click.UsageError(f"{name}: vLLM's {option} is set by relseek; give {ours} before --")
 
 
 def serve_vllm(served: Served, settings: Settings, length: int, more: Sequence[str]) -> None:
@@ -398,7 +422,7 @@ def serve(
     \b
       relseek serve quickstart
       relseek serve quickstart --all --vector mine=mine.safetensors
-      relseek serve quickstart --engine vllm -- --tensor-parallel-size 8
+      relseek serve quickstart --engine vllm -- --tensor-parallel-size 3
       relseek serve --model embedded:smollm2-135m-instruct --vector mine=mine.safetensors
     """
     from relseek_resources.serving.guard import Settings
@@ -415,6 +439,7 @@ def serve(
         raise click.UsageError(f"--rows goes with the embedded engine; vLLM decides that itself, or as told behind --: -- --max-num-seqs {rows}")
     if engine == "vllm" and len(keys) > 1:
         raise click.UsageError("vLLM takes several keys on its command line alone, where everybody on the machine can read them; give one")
+    check_vllms_own(more)
     try:
         settings = Settings(host, port, keys, rate)
         served = gathered(study, Loaded(source, dtype, device) if source else None, site, epoch, every, extraction, given)

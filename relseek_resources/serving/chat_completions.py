@@ -14,7 +14,7 @@ from typing import Any
 
 from relseek_resources.serving import requests
 from relseek_resources.serving.engine import Engine, Piece, Reply, Request, RequestError, Token
-from relseek_resources.serving.requests import SteeringError, shown
+from relseek_resources.serving.requests import SteeringError, shown, shown_name
 from relseek_resources.serving.vectors import Vectors
 
 ASKED = "relseek"  # in vllm_xargs, as in the vLLM plugin
@@ -119,7 +119,7 @@ def _check_known(given: Mapping[str, Any]) -> None:
         raise RequestError(f"{name}: steering is asked for in vllm_xargs.{ASKED}, as JSON text, or in custom.steer_multiplier", name)
     unknown = sorted(set(given) - READ - WITHOUT_EFFECT - set(NOT_OFFERED))
     if unknown:
-        raise RequestError(f"unknown {', '.join(map(shown, unknown[:5]))}", unknown[0][:100])
+        raise RequestError(f"unknown {', '.join(map(shown, unknown[:5]))}", shown_name(unknown[0]))
     for name, nothing in NOT_OFFERED.items():
         if name in given and not any(given[name] == value and isinstance(given[name], bool) == isinstance(value, bool) for value in nothing):
             raise RequestError(f"{name} is not offered by the embedded engine; leave it out", name)

@@ -44,6 +44,13 @@ class RequestError(ValueError):
         self.parameter = parameter
 
 
+class TooLong(RequestError):
+    """A prompt that does not fit the context with its reply."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "messages")
+
+
 class Busy(RuntimeError):
     """More requests wait than the engine holds. `seconds`: when it is worth trying again."""
 
@@ -210,7 +217,8 @@ class Engine:
         """Queue requests, all of them or none.
 
         Raises:
-            RequestError: a prompt without tokens, or one that does not fit with its reply.
+            RequestError: a prompt without tokens.
+            TooLong: a prompt that does not fit with its reply.
             Busy: too many are waiting.
             EngineError: the engine has stopped.
         """
@@ -230,9 +238,8 @@ class Engine:
         if not request.prompt:
             raise RequestError("a prompt without tokens cannot be answered", "messages")
         if not 1 <= request.max_tokens <= self.length - len(request.prompt):
-            raise RequestError(
-                f"the prompt has {len(request.prompt)} tokens and the reply may have {request.max_tokens}; together at most {self.length} fit",
-                "messages",
+            raise TooLong(
+                f"the prompt has {len(request.prompt)} tokens and the reply may have {request.max_tokens}; together at most {self.length} fit"
             )
 
     async def reply(self, request: Request) -> Reply:

@@ -31,7 +31,8 @@ class Settings:
     """Who may ask, how often and how much.
 
     `keys`: any of them opens `/v1`; without one, the server answers this machine alone. `rate`: requests a minute for each key, or for each address
-    where there are no keys; 0 for no limit. `body`: bytes. `patience`: seconds in which a body must have come.
+    where there are no keys, and a trial's requests with a wrong token for each address; 0 for no limit. `body`: bytes. `patience`: seconds in which a
+    body must have come.
     """
 
     host: str = "127.0.0.1"
@@ -66,7 +67,10 @@ def error_of(message: str, status: int, parameter: str | None = None, code: str 
 
 
 class Guard:
-    """Host, key, rate and size, checked before a route sees a request; what it reads is bounded in bytes and time."""
+    """Host, key, rate and size, checked before a route sees a request; what it reads is bounded in bytes and time.
+
+    Outside `/v1` nothing is counted: a trial's participants may share an address with whoever sends junk, and only the trial knows their tokens.
+    """
 
     def __init__(self, app: Any, settings: Settings) -> None:
         self.app, self.settings = app, settings
@@ -104,11 +108,10 @@ class Guard:
 
     def _key(self, scope: Any, headers: dict[bytes, bytes]) -> str | None:
         """Whose rate a request counts against; None where it is not counted."""
-        client = scope["client"][0] if scope.get("client") else ""
         if not scope["path"].startswith("/v1"):
-            return client if scope["method"] == "POST" else None
+            return None
         if not self.keys:
-            return client
+            return scope["client"][0] if scope.get("client") else ""
         found = key_of(headers, self.keys)
         if found is None:
             raise Refusal(401, "this server needs a key: Authorization: Bearer KEY", code="invalid_api_key", headers={"www-authenticate": "Bearer"})

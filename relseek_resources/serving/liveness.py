@@ -43,17 +43,16 @@ async def measured(measure: Measure, vectors: Vectors, named: Sequence[Registere
 async def _of_vector(
     measure: Measure, vectors: Vectors, vector: Registered, unsteered: Sequence[LogProbs], within: float, beyond: float
 ) -> dict[str, Any]:
-    """The largest change of a log-probability at the ends of the declared range and at 0, after the middle one of the vector's blocks, from the
-    nearest of the unsteered readings."""
-    blocks = list(vector.home) or sorted(vectors.blocks)
+    """The largest change of a log-probability at the ends of the declared range and at 0, after the middle one of the vector's blocks at which it is
+    not zero, from the nearest of the unsteered readings."""
+    blocks = [block for block in vector.home or sorted(vectors.blocks) if vector.at(block).any()]
     layer, limit = blocks[len(blocks) // 2], vectors.limits.dose
     changes: dict[float, float | None] = {}
     for dose in (-limit, 0.0, limit):
         reading = await measure([{"vector": vector.name, "layers": [layer], "multiplier": dose}])
         apart = [change for one in unsteered if (change := distance(one, reading)) is not None]
         changes[dose] = min(apart, default=None)
-    zero = not vector.at(layer).any()
-    live = all(change is not None and (change > beyond if dose and not zero else change <= within) for dose, change in changes.items())
+    live = all(change is not None and (change > beyond if dose else change <= within) for dose, change in changes.items())
     return {"name": vector.name, "layer": layer, "largest_change": {f"{dose:g}": change for dose, change in changes.items()}, "live": live}
 
 

@@ -232,9 +232,8 @@ def check_words(beside: Mapping[str, Any], xargs: Mapping[str, Any], vectors: Ve
         SteeringError: naming the word.
     """
     if word := misread(beside) or buried({name: value for name, value in beside.items() if name != "custom"}):
-        raise SteeringError(
-            f"{word[:100]}: write it into vllm_xargs.{ASKED}, as JSON text, or into custom.steer_multiplier, either at the top of the body"
-        )
+        name = requests.shown_name(word)
+        raise SteeringError(f"{name}: write it into vllm_xargs.{ASKED}, as JSON text, or into custom.steer_multiplier, either at the top of the body")
     unknown = sorted(set(xargs) - {ASKED, STEERED, *OTHERS})
     if unknown and vectors is not None and not processors:
         raise SteeringError(f"vllm_xargs: unknown {', '.join(map(requests.shown, unknown[:5]))}; steering is asked for in vllm_xargs.{ASKED}")

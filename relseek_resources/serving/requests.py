@@ -166,6 +166,11 @@ def _idle(entry: Entry) -> bool:
     return entry.value == 0 and entry.mode in ("add", "ablate")
 
 
+def shown_name(name: str) -> str:
+    """A field's name as `shown`, without the quotes; a name of letters is itself."""
+    return shown(name).strip("'\"")
+
+
 def shown(value: Any) -> str:
     """A value of a request in a message: short, whatever was sent."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**20:

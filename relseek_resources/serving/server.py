@@ -29,7 +29,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from relseek_resources.serving import chat_completions, liveness, requests
-from relseek_resources.serving.engine import Busy, Engine, EngineError, Piece, Request, RequestError, Ticket, whole
+from relseek_resources.serving.engine import Busy, Engine, EngineError, Piece, Request, RequestError, Ticket, TooLong, whole
 from relseek_resources.serving.guard import Guard, Refusal, Settings, error_of
 from relseek_resources.serving.requests import SteeringError
 
@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 def create_app(engine: Engine, settings: Settings | None = None, extra_routes: Sequence[BaseRoute] = ()) -> Starlette:
     """The server as an ASGI application; `request.app.state.engine` and `.settings` are there for `extra_routes`.
 
-    Closing the engine is its owner's affair. What `extra_routes` have under `/v1` needs a key like the rest; limits on bodies and rate hold for all.
+    Closing the engine is its owner's affair. What `extra_routes` have under `/v1` needs a key and is counted like the rest; limits on bodies hold
+    for all.
     """
     settings = settings or Settings()
     routes = [
@@ -87,6 +88,8 @@ def refusal_of(error: Exception) -> Refusal:
     """What a client is told of an error of the engine."""
     if isinstance(error, Busy):
         return Refusal(429, str(error), code="server_busy", headers={"retry-after": str(error.seconds)})
+    if isinstance(error, TooLong):
+        return Refusal(400, str(error), error.parameter, "context_length_exceeded")
     if isinstance(error, RequestError):
         missing = error.parameter == "model"
         return Refusal(404 if missing else 400, str(error), error.parameter, "model_not_found" if missing else None)

@@ -249,15 +249,30 @@ def _arm(name: str, one: Mapping[str, Any]) -> Arm:
     return Arm(name, one["vector"], float(one["multiplier"]), one["sha256"], None if one["layers"] is None else tuple(one["layers"]))
 
 
-def check_offered(allocation: Allocation, offered: Mapping[str, Any]) -> None:
+def room(conduct: Conduct, context: int) -> str:
+    """How long a conversation can be on a server whose context has so many tokens, in words for whoever runs the trial."""
+    return (
+        f"a conversation has {context} tokens for system prompt, messages and replies: at most {context // conduct.max_tokens} replies of "
+        f"{conduct.max_tokens} tokens, fewer with what is said between them. Then it is full, and its participant is told to begin a new session"
+    )
+
+
+def check_offered(allocation: Allocation, offered: Mapping[str, Any], context: int | None = None) -> None:
     """Refuse a server that could not give every arm what it is due.
 
     Args:
         offered: what the server's `GET /v1/relseek/vectors` says.
+        context: the server's tokens of prompt and reply together, None where it does not say.
 
     Raises:
-        ArmsError: a vector that is not offered, another content under its name, no block to steer after, a dose outside the declared range.
+        ArmsError: a vector that is not offered, another content under its name, no block to steer after, a dose outside the declared range, a context
+            in which no reply fits.
     """
+    if context is not None and allocation.conduct.max_tokens >= context:
+        raise ArmsError(
+            f"replies of {allocation.conduct.max_tokens} tokens do not fit the server's context of {context} with what they answer; start it with "
+            "more (--context, vLLM's --max-model-len), or make arms with fewer --max-tokens"
+        )
     vectors = {one["name"]: one for one in offered["vectors"]}
     if not vectors:
         raise ArmsError("the server offers no vectors; start it with a relseek configuration, or with `relseek serve`")

@@ -16,10 +16,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import math
 import re
 import secrets
 import time
+import traceback
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,16 +36,27 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from relseek_resources.serving import requests
+from relseek_resources.serving.guard import Buckets, Guard, Refusal, Settings
 from relseek_resources.serving.trial_arms import Allocation, ArmsError, Conduct, Participant, check_offered, read_allocation
 from relseek_resources.serving.trial_log import TurnLog
-from relseek_resources.storage import keyed_seed
+from relseek_resources.storage import StorageError, keyed_seed
 
 if TYPE_CHECKING:
     from relseek_resources.serving.engine import Engine
-    from relseek_resources.serving.guard import Settings
+
+logger = logging.getLogger(__name__)
 
 SESSION = re.compile(r"[A-Za-z0-9_-]{1,64}")
 FAILED = "no reply could be made; try again in a moment, or begin a new session"
+FULL = "this conversation is full; begin a new session"
+TOO_LONG = "this message is too long to be answered; send a shorter one"
+# What the families that are served write around turns, and read so in a message too: Llama 3 and Qwen; Gemma; Mistral and Llama 2; all of them.
+CONTROL = re.compile(
+    r"<\|[^<>|\s]{1,64}\|>"
+    r"|<(?:start|end)_of_[a-z]{1,20}>"
+    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT)\]|<</?SYS>>"
+    r"|</?s>|<(?:bos|eos|pad|unk|mask)>"
+)
 
 WHOLE = ("stop", "length")  # how a reply ends that the model, or the trial's own limit, brought to its end
 
@@ -73,13 +86,25 @@ class CutOff(Exception):
     """A reply that broke off."""
 
 
+class Full(Exception):
+    """A conversation to which the model's context leaves no room for a reply."""
+
+
 class Speaker(Protocol):
-    """What makes the replies."""
+    """What makes the replies.
+
+    `special`: what its tokenizer reads as other than words, as far as that is known here; `CONTROL` is refused besides.
+    """
 
     model: str
+    special: frozenset[str]
 
     def reply(self, ask: Ask) -> AsyncIterator[Said]:
-        """The reply, piece by piece. Any exception is a failed turn, and so is a reply without an end of its own (`WHOLE`)."""
+        """The reply, piece by piece. Any exception is a failed turn, and so is a reply without an end of its own (`WHOLE`).
+
+        Raises:
+            Full: no reply has room; the turn is logged as such.
+        """
         ...
 
 
@@ -98,11 +123,12 @@ class Refused(Exception):
 class Trial:
     """The conversations of a trial, resumed from its log."""
 
-    def __init__(self, allocation: Allocation, speaker: Speaker, log: TurnLog) -> None:
+    def __init__(self, allocation: Allocation, speaker: Speaker, log: TurnLog, rate: int = 0) -> None:
         """Take up every conversation of the log.
 
         Args:
             log: of this allocation, or an empty one.
+            rate: requests a minute with a wrong token for each address, 0 for no limit. Whoever has a right one is not held up by them.
 
         Raises:
             ArmsError: a turn of the log was spoken under another allocation, whose participants may have the same names.
@@ -113,6 +139,7 @@ class Trial:
         self._answered_turn: dict[tuple[str, str], int] = {}  # failed turns have numbers too
         self._speaking: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()  # while somebody speaks
         self._recent: dict[str, deque[float]] = defaultdict(deque)
+        self._strangers = Buckets(rate)
         self._digest = allocation.digest
         for turn in log.turns:
             self._check_own(turn)
@@ -127,6 +154,7 @@ class Trial:
     async def chat(self, participant: Participant, content: dict[str, Any], received: float) -> dict[str, Any]:
         session = self._session(participant, content)
         message, before = _asked(content, self.allocation.conduct.longest_message)
+        _check_words(message["content"], self.speaker.special)
         key = (participant.name, session)
         speaking = self._speaking.setdefault(key, asyncio.Lock())
         async with speaking:
@@ -136,6 +164,8 @@ class Trial:
                     return {"reply": said[-1]["content"], "session": session, "turn": self._answered_turn[key]}
                 raise Refused(409, "the conversation is not as it was; ask for its history")
             turn = await self._speak(participant, session, message, said, received)
+        if turn["status"] == "full":
+            raise Refused(422, FULL if said else TOO_LONG)
         if turn["status"] != "ok":
             raise Refused(503, FAILED, retry_after=5)
         return {"reply": turn["reply"], "session": session, "turn": turn["turn"]}
@@ -157,6 +187,7 @@ class Trial:
         pieces: list[str] = []
         first: float | None = None
         finish_reason: str | None = None
+        status = "ok"
         error: str | None = None
         ending: asyncio.CancelledError | None = None
         try:
@@ -167,10 +198,12 @@ class Trial:
                 finish_reason = piece.finish_reason or finish_reason
             if finish_reason not in WHOLE:
                 raise CutOff(f"the reply broke off with the finish_reason {finish_reason}")
+        except Full as fault:
+            status, error = "full", str(fault)[:2000]
         except Exception as fault:  # whatever it is, the participant may not see it: its words may name the arm
-            error = f"{type(fault).__name__}: {fault}"[:2000]
+            status, error = "failed", f"{type(fault).__name__}: {fault}"[:2000]
         except asyncio.CancelledError as fault:
-            ending, error = fault, "the server ended before the reply was whole"
+            ending, status, error = fault, "failed", "the server ended before the reply was whole"
         finished = time.monotonic()
         turn = {
             "allocation": self._digest,
@@ -178,9 +211,9 @@ class Trial:
             **arm.logged,
             "session": session,
             "turn": number,
-            "status": "ok" if error is None else "failed",
+            "status": status,
             "message": message["content"],
-            "reply": "".join(pieces) if error is None else None,
+            "reply": "".join(pieces) if status == "ok" else None,
             "error": error,
             "finish_reason": finish_reason,
             "system": conduct.system,
@@ -234,12 +267,16 @@ class Trial:
                 content = _object(await request.body())
                 participant = self.allocation.participant(content.get("token"))
                 if participant is None:
+                    self._strangers.take(request.client.host if request.client else "")
                     raise Refused(403, "not allowed")
                 self._count(participant, received)
                 return JSONResponse(await action(participant, content, received))
             except Refused as refused:
                 return refused.response()
-            except Exception:  # a log that cannot be written, too: nothing about it is for a participant's eyes
+            except Refusal as too_often:
+                return too_often.answer()
+            except Exception as error:  # a log that cannot be written, too: nothing about it is for a participant's eyes
+                _report(request.url.path, error)
                 return Refused(503, FAILED, retry_after=5).response()
 
         return answer
@@ -260,6 +297,15 @@ class Trial:
         if not isinstance(given, str) or not SESSION.fullmatch(given):
             raise Refused(400, "session: 1 to 64 letters, digits, - and _")
         return given
+
+
+def _report(path: str, error: Exception) -> None:
+    """Tell whoever runs the trial what failed and where, on the server's standard error unless logging is set up otherwise.
+
+    Only the words of a file's fault are repeated: those of any other may quote what a participant sent.
+    """
+    words = f": {error}" if isinstance(error, StorageError | OSError) else ""
+    logger.error("%s failed with %s%s\n%s", path, type(error).__name__, words, "".join(traceback.format_tb(error.__traceback__)))
 
 
 def _object(body: bytes) -> dict[str, Any]:
@@ -299,6 +345,14 @@ def _message(text: Any, longest: int) -> Message:
     return {"role": "user", "content": text}
 
 
+def _check_words(text: str, special: frozenset[str]) -> None:
+    """Refuse a message in which the model would read more than words, as the end of the participant's turn and the beginning of another's."""
+    found = CONTROL.search(text)
+    sign = found.group() if found else next((one for one in special if one in text), None)
+    if sign is not None:
+        raise Refused(400, f"the message contains {sign}, which the model does not read as text; leave it out or write it in another way")
+
+
 def _moment(timestamp: float) -> str:
     return datetime.fromtimestamp(timestamp, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
@@ -310,15 +364,21 @@ class EngineSpeaker:
     """The embedded engine of the same process."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.model = engine, engine.name
+        self.engine, self.model, tokenizer = engine, engine.name, engine.model.tokenizer
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.special = frozenset(token for token in (*tokenizer.all_special_tokens, *added) if token.strip())
 
     async def reply(self, ask: Ask) -> AsyncIterator[Said]:
         from relseek_resources.serving.engine import Request as Asked
+        from relseek_resources.serving.engine import TooLong
 
         wanted = requests.canonical(requests.read(list(ask.steering), self.engine.vectors))
         prompt = await asyncio.to_thread(self.engine.prompt, list(ask.messages))
         conduct = ask.conduct
-        [ticket] = self.engine.submit([Asked(prompt, conduct.max_tokens, wanted, conduct.temperature, conduct.top_p, ask.seed)])
+        try:
+            [ticket] = self.engine.submit([Asked(prompt, conduct.max_tokens, wanted, conduct.temperature, conduct.top_p, ask.seed)])
+        except TooLong as error:
+            raise Full(str(error)) from error
         async for piece in ticket:
             yield Said(piece.text, piece.finished or None)
 
@@ -326,26 +386,43 @@ class EngineSpeaker:
 class ServerSpeaker:
     """Another server of OpenAI's protocol that steers: vLLM with the plugin, or `relseek serve`."""
 
+    # How they say that a prompt leaves no room: the one in OpenAI's code, vLLM in the parameter that it blames.
+    NO_ROOM = ("context_length_exceeded", "input_tokens", "input_text", "max_tokens")
+    special: frozenset[str] = frozenset()
+
     def __init__(self, client: Any, model: str) -> None:
         """`client`: an `openai.AsyncOpenAI`."""
         self.client, self.model = client, model
 
     async def reply(self, ask: Ask) -> AsyncIterator[Said]:
-        events = await self.client.chat.completions.create(
-            model=self.model,
-            messages=list(ask.messages),
-            temperature=ask.conduct.temperature,
-            top_p=ask.conduct.top_p,
-            max_tokens=ask.conduct.max_tokens,
-            seed=ask.seed,
-            stream=True,
-            extra_headers={"x-session-id": ask.conversation},
-            extra_body={"vllm_xargs": {"relseek": json.dumps(list(ask.steering))}},
-        )
+        import openai
+
+        try:
+            events = await self.client.chat.completions.create(
+                model=self.model,
+                messages=list(ask.messages),
+                temperature=ask.conduct.temperature,
+                top_p=ask.conduct.top_p,
+                max_tokens=ask.conduct.max_tokens,
+                seed=ask.seed,
+                stream=True,
+                stream_options={"include_usage": True},
+                extra_headers={"x-session-id": ask.conversation},
+                extra_body={"vllm_xargs": {"relseek": json.dumps(list(ask.steering))}},
+            )
+        except openai.BadRequestError as error:
+            if {error.code, error.param} & set(self.NO_ROOM):
+                raise Full(str(error)) from error
+            raise
+        finish_reason, tokens = None, None
         async with events:
             async for event in events:
+                tokens = event.usage.completion_tokens if event.usage else tokens
                 if event.choices:
+                    finish_reason = event.choices[0].finish_reason or finish_reason
                     yield Said(event.choices[0].delta.content or "", event.choices[0].finish_reason)
+        if finish_reason == "length" and tokens is not None and tokens < ask.conduct.max_tokens:  # vLLM gives a reply what room there is
+            raise Full(f"the end of the context cut the reply off after {tokens} of {ask.conduct.max_tokens} tokens")
 
 
 # --- servers ------------------------------------------------------------------------------------------------------------
@@ -361,8 +438,8 @@ def engine_routes(engine: Engine, settings: Settings, arms: Path, log: Path) -> 
     if not settings.keys:
         raise ArmsError("a server that runs a trial needs a key, or its participants could read the list of vectors and ask for any dose")
     allocation = read_allocation(arms)
-    check_offered(allocation, {"vectors": engine.vectors.described(), "limits": {"multiplier": engine.vectors.limits.dose}})
-    return Trial(allocation, EngineSpeaker(engine), TurnLog(log)).routes()
+    check_offered(allocation, {"vectors": engine.vectors.described(), "limits": {"multiplier": engine.vectors.limits.dose}}, engine.length)
+    return Trial(allocation, EngineSpeaker(engine), TurnLog(log), settings.rate).routes()
 
 
 def create_app(trial: Trial) -> Starlette:
@@ -370,8 +447,6 @@ def create_app(trial: Trial) -> Starlette:
 
     Participants prove who they are by their tokens, whose own rate limit holds; there are no other routes that a key could guard.
     """
-    from relseek_resources.serving.guard import Guard, Settings
-
     app = Starlette(routes=[*trial.routes(), Route("/health", _health)])
     app.add_middleware(Guard, settings=Settings(keys=(secrets.token_hex(),), rate=0))
     return app

@@ -17,7 +17,7 @@ import pandas as pd
 
 from relseek_resources.storage import Column, StorageError, TableSchema
 
-STATUSES = ("ok", "failed")  # a failed turn has no reply and is no part of the conversation
+STATUSES = ("ok", "failed", "full")  # only a turn that is ok has a reply and is part of the conversation; full: the context had no room for one
 
 TURNS = TableSchema(
     "trial_turns",
@@ -26,7 +26,7 @@ TURNS = TableSchema(
         Column("participant", "string", "who spoke, as the arms file names them"),
         Column("arm", "string", "the participant's arm"),
         Column("session", "string", "the conversation"),
-        Column("turn", "integer", "number of the message within its session, failed ones counted", low=1),
+        Column("turn", "integer", "number of the message within its session, those without a reply counted", low=1),
         Column("status", "string", "whether there was a reply", choices=STATUSES),
         Column("message", "string", "what the participant wrote"),
         Column("reply", "string", "what the model answered", nullable=True),

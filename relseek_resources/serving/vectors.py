@@ -162,8 +162,8 @@ class Vectors:
         """Read a file of the declared folder under a name, without offering it yet.
 
         Raises:
-            SteeringError: a file outside the folder (links followed) or of another kind than safetensors, an unreadable one, another width, NaN, a
-                name that stands for something else already, more vectors than fit.
+            SteeringError: a file outside the folder (links followed) or of another kind than safetensors, an unreadable one, another width, NaN,
+                nothing but zeros, a name that stands for something else already, more vectors than fit.
         """
         from relseek_resources.vector_files import VectorFileError, read_vectors  # needs pandas and pyarrow: see `plugin.py`
 
@@ -179,6 +179,8 @@ class Vectors:
             raise SteeringError(str(error).replace(str(path), f"file {shown(file)}")) from error
         if found.width != self.width:
             raise SteeringError(f"file {shown(file)}: vectors of width {found.width}; the model's residual stream needs {self.width}")
+        if not any(vector.any() for vector in found.vectors.values()):
+            raise SteeringError(f"file {shown(file)}: nothing but zeros; no dose of it would steer")
         new = Registered.of(name, str(file), content, found.vectors)
         outside = sorted(set(new.home) - self.blocks)
         if outside:
@@ -246,10 +248,10 @@ class Vectors:
         return list(layers)
 
     def check_direction(self, vector: Registered, layers: Sequence[int], where: str) -> None:
-        """Refuse a zero vector where a projection is needed: it has no direction."""
+        """Refuse a vector that is zero at a block where a projection is needed: it has no direction there."""
         for layer in layers:
             if not vector.at(layer).any():
-                raise SteeringError(f"{where}: vector {vector.name!r} is zero: there is no direction to project on")
+                raise SteeringError(f"{where}: vector {vector.name!r} is zero at block {layer}: there is no direction to project on")
 
     def by_digest(self) -> dict[str, np.ndarray]:
         """Every vector once, by the digest of its content."""

@@ -38,6 +38,7 @@ WRONG = [
     "/etc/passwd",
 ]
 NAMES = ["model", "messages", "max_tokens", "temperature", "top_p", "n", "seed", "stop", "stream", "logprobs", "top_logprobs", "custom"]
+UNKNOWN = ["x", "", "\ud800", "steer\ud800", "relseek\udfff", "a\0b", "\U0001f600", "x" * 2000, "__proto__"]  # a field's name
 ANSWERS = (200, 400, 404)
 
 
@@ -48,15 +49,16 @@ def fuzzed(rng: random.Random, model: str) -> bytes:
     for _ in range(rng.choice([1, 1, 2, 3])):
         place, value = rng.randrange(7), rng.choice(WRONG)
         if place < 3:
-            body[rng.choice([*NAMES, "vllm_xargs", "tools", "x"])] = value
+            body[rng.choice([*NAMES, "vllm_xargs", "tools", *UNKNOWN])] = rng.choice([value, {rng.choice(UNKNOWN): value}])
         elif place == 3 and isinstance(body["messages"], list):
-            body["messages"] = [*body["messages"], rng.choice([value, {"role": value, "content": "x"}, {"role": "user", "content": value}])]
+            strange = {"role": "user", "content": "x", rng.choice(UNKNOWN): value}
+            body["messages"] = [*body["messages"], rng.choice([value, {"role": value, "content": "x"}, {"role": "user", "content": value}, strange])]
         elif place == 4:
-            one[rng.choice(["vector", "layers", "multiplier", "mode", "threshold", "strength"])] = value
+            one[rng.choice(["vector", "layers", "multiplier", "mode", "threshold", "strength", *UNKNOWN])] = value
         elif place == 5:
-            body["vllm_xargs"] = {"relseek": rng.choice([json.dumps([one]), [one], value, json.dumps(value)])}
+            body["vllm_xargs"] = {rng.choice(["relseek", "relseek", *UNKNOWN]): rng.choice([json.dumps([one]), [one], value, json.dumps(value)])}
         else:
-            body["custom"] = rng.choice([{"steer_multiplier": value}, value])
+            body["custom"] = rng.choice([{"steer_multiplier": value}, {rng.choice(UNKNOWN): value}, value])
     content = json.dumps(body).encode()
     cut = rng.random()
     if cut < 0.1:

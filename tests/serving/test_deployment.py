@@ -189,6 +189,23 @@ def test_keyless_servers_of_one_machine_are_not_offered_to_others() -> None:
     )
 
 
+def test_the_router_of_one_machine_starts_without_root() -> None:
+    """nginx makes a folder for each module that is built in, used or not, and only root may make them where they belong by default."""
+    text = (DEPLOY / "two_replicas.conf").read_text()
+    folders = re.findall(r"^ *(\w+)_temp_path (/tmp/[\w-]+);", text, re.MULTILINE)
+    assert {module for module, _ in folders} == {"client_body", "proxy", "fastcgi", "uwsgi", "scgi"}
+    assert len({folder for _, folder in folders}) == 5
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/serving.md", "docs/deployment.md"])
+def test_no_documented_server_is_open_to_others_without_a_key(page: str) -> None:
+    """vLLM by itself listens on every address."""
+    blocks = re.findall(r"(?:^    .*\n)+", (DEPLOY.parent / page).read_text(encoding="utf-8"), re.MULTILINE)
+    starts = [block for block in blocks if "vllm.entrypoints.openai.api_server" in block]
+    assert len(starts) == (page != "README.md")
+    assert all("--host 127.0.0.1" in block for block in starts)
+
+
 def test_every_file_that_nginx_includes_is_in_the_configmap() -> None:
     [router] = [one for one in yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["configMapGenerator"] if one["name"] == "router"]
     included = re.findall(r"include /etc/nginx/relseek/(\S+);", (KUBERNETES / "nginx.conf").read_text())
@@ -207,7 +224,7 @@ def router(folder: Path, ports: tuple[int, int]) -> Iterator[str]:
     (folder / "kubernetes").mkdir()
     for name in ("router.conf", "routes.conf"):
         shutil.copy(KUBERNETES / name, folder / "kubernetes")
-    text = (DEPLOY / "two_replicas.conf").read_text().replace("/tmp/relseek-router.pid", str(folder / "pid"))
+    text = (DEPLOY / "two_replicas.conf").read_text().replace("/tmp/relseek-router", str(folder / "router"))
     assert text.count("listen 127.0.0.1:8080;") == 1
     text = text.replace("127.0.0.1:8080", f"127.0.0.1:{port}")
     for written, mine in zip(("8001", "8002"), ports, strict=True):

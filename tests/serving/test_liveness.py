@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 
 from relseek_resources.serving import liveness
-from relseek_resources.serving.vectors import Configuration, Vectors
+from relseek_resources.serving.requests import SteeringError
+from relseek_resources.serving.vectors import Configuration, ServingError, Vectors
 from relseek_resources.vector_files import write_vectors
 
 
 @pytest.fixture
 def vectors(tmp_path: Path) -> Vectors:
     write_vectors(tmp_path / "warm.safetensors", "safetensors", {1: np.ones(8, dtype=np.float32)}, {})
-    write_vectors(tmp_path / "none.safetensors", "safetensors", {1: np.zeros(8, dtype=np.float32)}, {})
-    return Vectors(Configuration(tmp_path, {"warm": "warm.safetensors", "none": "none.safetensors"}), blocks=4, width=8)
+    ones, zeros = np.ones(8, dtype=np.float32), np.zeros(8, dtype=np.float32)
+    write_vectors(tmp_path / "holed.safetensors", "safetensors", {0: ones, 1: zeros, 2: zeros, 3: ones}, {})
+    return Vectors(Configuration(tmp_path, {"warm": "warm.safetensors", "holed": "holed.safetensors"}), blocks=4, width=8)
 
 
 def found(vectors: Vectors, dtype: str, noise: float, effect: float, at_zero: float = 0.0, name: str = "warm") -> dict[str, Any]:
@@ -59,9 +61,22 @@ def test_a_dose_must_stand_out_from_the_noise_and_zero_must_not(
     assert (said["live"], said["vectors"][0]["live"]) == (live, live), said
 
 
-def test_a_zero_vector_changes_nothing_at_any_dose(vectors: Vectors) -> None:
-    assert found(vectors, "torch.bfloat16", 0.0625, 0.0, name="none")["live"]
-    assert not found(vectors, "torch.bfloat16", 0.0625, 2.0, name="none")["live"]
+def test_a_vector_is_measured_at_a_block_where_it_is_not_zero(vectors: Vectors) -> None:
+    """At the others no dose could show that it steers."""
+    said = found(vectors, "torch.bfloat16", 0.0625, 2.0, name="holed")
+    assert said["live"] and said["vectors"][0]["layer"] in (0, 3)
+    assert not found(vectors, "torch.bfloat16", 0.0625, 0.0, name="holed")["live"]
+
+
+def test_a_vector_of_zeros_is_not_offered(vectors: Vectors) -> None:
+    folder = vectors.configuration.folder
+    assert folder is not None
+    for blocks in ((1,), (0, 1, 2)):
+        write_vectors(folder / "none.safetensors", "safetensors", dict.fromkeys(blocks, np.zeros(8, dtype=np.float32)), {})
+        with pytest.raises(SteeringError, match="nothing but zeros"):
+            vectors.read("none", "none.safetensors")
+        with pytest.raises(ServingError, match="nothing but zeros"):
+            Vectors(Configuration(folder, {"none": "none.safetensors"}), blocks=4, width=8)
 
 
 def test_what_is_no_number_is_not_live(vectors: Vectors) -> None:

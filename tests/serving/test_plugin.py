@@ -5,6 +5,7 @@ A server takes minutes to start on two shared cores; all tests but those at the 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -15,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 
 from relseek_resources.models import load
 from relseek_resources.models.steered import SteeredModel
+from relseek_resources.serving.trial_arms import Conduct
+from relseek_resources.serving.trial_chat import Ask, Full, ServerSpeaker
+from relseek_resources.vector_files import write_vectors
 from tests.serving.reference import drawn, hooked, prompts, shortfall
 from tests.serving.served import NEEDS_VLLM, Server, serving
 
@@ -110,6 +115,68 @@ def test_the_published_shape_is_a_dose_of_the_default_vector(server: Server) -> 
     )
     assert [token["logprob"] for token in custom["content"]] == pytest.approx([token["logprob"] for token in xargs["content"]], abs=1e-4)
     assert abs(plain["content"][0]["logprob"] - custom["content"][0]["logprob"]) > 1e-2
+
+
+QUESTIONS = ["Hello, who are you?", "I had a long day. What should I cook?"]
+WAYS = [{"custom": {"steer_multiplier": -1.5}}, {"vllm_xargs": {"relseek": json.dumps([{"vector": "warm", "multiplier": -1.5}])}}]
+
+
+def chats(server: Server, steering: dict[str, Any]) -> list[str]:
+    """The likeliest reply to each of the questions."""
+    chat = {"model": "smollm2", "max_tokens": 12, "temperature": 0, **steering}
+    answers = [server.ask("/v1/chat/completions", {**chat, "messages": [{"role": "user", "content": text}]}) for text in QUESTIONS]
+    assert [status for status, _ in answers] == [200, 200], answers
+    return [answer["choices"][0]["message"]["content"] for _, answer in answers]
+
+
+@pytest.mark.parametrize("steering", WAYS)
+def test_whatever_route_is_asked_steers_alike(server: Server, steering: dict[str, Any]) -> None:
+    """Responses, chats in a batch, and several choices of one chat: as the same chats one by one."""
+    expected = chats(server, steering)
+    assert not set(expected) & set(chats(server, {}))
+
+    status, answer = server.ask("/v1/responses", {"model": "smollm2", "input": QUESTIONS[0], "max_output_tokens": 12, "temperature": 0, **steering})
+    assert status == 200, answer
+    assert [part["text"] for one in answer["output"] for part in one["content"]] == expected[:1]
+
+    conversations = [[{"role": "user", "content": text}] for text in QUESTIONS]
+    chat = {"model": "smollm2", "max_tokens": 12, **steering}
+    status, answer = server.ask("/v1/chat/completions/batch", {**chat, "messages": conversations, "temperature": 0})
+    assert status == 200, answer
+    assert [choice["message"]["content"] for choice in answer["choices"]] == expected
+
+    likeliest = {"n": 2, "top_k": 1}  # vLLM wants n = 1 at temperature 0
+    status, answer = server.ask("/v1/chat/completions", {**chat, "messages": conversations[0], **likeliest})
+    assert status == 200, answer
+    assert [choice["message"]["content"] for choice in answer["choices"]] == expected[:1] * 2
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions/batch", "/v1/responses"])
+@pytest.mark.parametrize(("more", "says"), [({"custom": {"steer_multiplier": 99}}, "outside the declared range"), ({"steering": 1}, "write it into")])
+def test_other_routes_refuse_what_cannot_be_met(server: Server, path: str, more: dict[str, Any], says: str) -> None:
+    asked = {"messages": [[{"role": "user", "content": "Hello"}]]} if "chat" in path else {"input": "Hello"}
+    status, answer = server.ask(path, {"model": "smollm2", **asked, **more})
+    assert status == 400 and says in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("left", [60, 3, 0, -1, -3000])
+def test_a_trials_conversation_that_fills_the_context_is_known_to(server: Server, reference: SteeredModel, left: int) -> None:
+    """vLLM itself cuts a reply off where the context ends, and says so of a prompt that is longer."""
+    context = server.ask("/v1/models")[1]["data"][0]["max_model_len"]
+    words = context - left - len(reference.prompt_tokens([{"role": "user", "content": "word"}])) + 1
+    messages = [{"role": "user", "content": " ".join(["word"] * words)}]
+    assert len(reference.prompt_tokens(messages)) == context - left
+
+    async def reply() -> str:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            ask = Ask(messages, [{"vector": "warm", "multiplier": 1.0}], Conduct(temperature=0, max_tokens=50), 0, "a")
+            return "".join([said.text async for said in ServerSpeaker(client, "smollm2").reply(ask)])
+
+    if left >= 50:
+        assert asyncio.run(reply())
+    else:
+        with pytest.raises(Full):
+            asyncio.run(reply())
 
 
 def test_a_request_that_names_the_content_gets_that_content_or_nothing(server: Server) -> None:
@@ -207,7 +274,7 @@ def test_only_safetensors_of_the_declared_folder_are_read(server: Server, tmp_pa
     import torch
 
     folder = server.vectors
-    (folder / "narrow.safetensors").write_bytes(b"")
+    (folder / "empty.safetensors").write_bytes(b"")
     torch.save(torch.ones(576), folder / "pickled.pt")
     os.rename(folder / "pickled.pt", folder / "pickled.safetensors")
     torch.save(torch.ones(576), folder / "plain.pt")
@@ -218,7 +285,7 @@ def test_only_safetensors_of_the_declared_folder_are_read(server: Server, tmp_pa
         "../x.safetensors",
         str(outside),
         "link.safetensors",
-        "narrow.safetensors",
+        "empty.safetensors",
         "pickled.safetensors",
         "plain.pt",
         ".",
@@ -233,6 +300,16 @@ def test_only_safetensors_of_the_declared_folder_are_read(server: Server, tmp_pa
     for body in (b"{", b"[]", b'{"name": "new"}', b'{"name": "../new", "file": "warm.safetensors"}'):
         assert server.ask("/v1/relseek/vectors", body)[0] == 400
     assert "new" not in {one["name"] for one in server.ask("/v1/relseek/vectors")[1]["vectors"]}
+
+
+@pytest.mark.parametrize(
+    ("vector", "says"),
+    [(np.ones(7, np.float32), "vectors of width 7; the model's residual stream needs 576"), (np.zeros(576, np.float32), "nothing but zeros")],
+)
+def test_a_vector_that_could_not_steer_is_refused(server: Server, vector: np.ndarray, says: str) -> None:
+    write_vectors(server.vectors / "unfit.safetensors", "safetensors", {14: vector}, {})
+    status, answer = server.ask("/v1/relseek/vectors", {"name": "unfit", "file": "unfit.safetensors"})
+    assert status == 400 and says in answer["error"]["message"]
 
 
 def test_health_measures_that_steering_is_live(server: Server) -> None:

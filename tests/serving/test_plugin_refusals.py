@@ -132,6 +132,9 @@ STEERS: Any = object()  # stands for a server's vectors, of which `check_words` 
         ({"extra_body": {"vllm_xargs": {"relseek": "[]"}}}, {}, "vllm_xargs: write it into"),
         ({"body": [{"extra": {"Steering": 1}}]}, {}, "Steering: write it into"),
         ({"metadata": {"arm": {"relseek": "[]"}}}, {}, "relseek: write it into"),
+        ({"steer\ud800": 1}, {}, r"steer\ud800: write it into"),
+        ({"x": {"relseek\0": 1}}, {}, r"relseek\x00: write it into"),
+        ({}, {"steer\ud800": 1}, r"unknown 'steer\ud800'"),
         ({"x": reduce(lambda held, _: [held], range(5000), {"steer": 1})}, {}, "steer: write it into"),
     ],
 )
@@ -139,6 +142,7 @@ def test_a_misspelt_request_for_steering_is_refused(beside: dict[str, Any], xarg
     with pytest.raises(SteeringError) as refusal:
         plugin.check_words(beside, xargs, STEERS)
     assert says in str(refusal.value)
+    str(refusal.value).encode()  # or nothing could be answered
 
 
 def test_words_that_somebody_reads_are_not_refused() -> None:

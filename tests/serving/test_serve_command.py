@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -109,6 +110,13 @@ def test_an_empty_store_names_the_command_that_fills_it(tmp_path: Path, monkeypa
         (["quickstart", "--model", "x"], "not both"),
         (["quickstart", "--engine", "vllm", "--key", "a", "--key", "b"], "give one"),
         (["quickstart", "--engine", "vllm", "--rows", "8"], "-- --max-num-seqs 8"),
+        (["quickstart", "--engine", "vllm", "--", "--host", "0.0.0.0"], "give --host before --"),
+        (["quickstart", "--engine", "vllm", "--", "--seed", "1", "--host=0.0.0.0"], "give --host before --"),
+        (["quickstart", "--engine", "vllm", "--", "--hos", "0.0.0.0"], "give --host before --"),
+        (["quickstart", "--engine", "vllm", "--", "--port", "80"], "give --port before --"),
+        (["quickstart", "--engine", "vllm", "--", "--api_key", "a"], "give --key before --"),
+        (["quickstart", "--engine", "vllm", "--", "--additional-config", "{}"], "give --vector, and dose_limit in the study before --"),
+        (["quickstart", "--engine", "vllm", "--", "--additional_config.relseek.dose_limit", "99"], "--additional-config is set by relseek"),
         ([], "name a STUDY, or give --model"),
     ],
 )
@@ -128,6 +136,12 @@ def test_vllm_is_started_with_the_plugins_configuration(store: Path, monkeypatch
     assert environment["VLLM_PLUGINS"] == "relseek" and command[-2:] == ["--tensor-parallel-size", "3"]
 
 
+def test_the_documented_workers_share_the_models_heads_evenly() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    sizes = re.findall(r"serve quickstart .*--tensor-parallel-size (\d+)", page + (serve.serve.help or ""))
+    assert len(sizes) == 2 and all(9 % int(size) == 0 for size in sizes)  # of quickstart's model
+
+
 def test_what_is_printed_shows_no_key(store: Path) -> None:
     text = serve.described(gathered(site=SITES[0]), Settings(keys=("secret",)), "embedded")
     assert "secret" not in text and "Bearer KEY" in text and "smollm2-135m:L12@e02" in text and "chat page" in text
@@ -136,7 +150,12 @@ def test_what_is_printed_shows_no_key(store: Path) -> None:
 
 @pytest.mark.parametrize("runs_a_trial", [False, True])
 def test_where_a_trial_runs_there_is_no_page_that_shows_doses(
-    random_causal_lm: Any, byte_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs_a_trial: bool
+    random_causal_lm: Any,
+    byte_tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    runs_a_trial: bool,
 ) -> None:
     """As `relseek arms serve`: participants reach the trial's routes, and nothing at `/` tells them what could be set."""
     from starlette.testclient import TestClient
@@ -163,7 +182,8 @@ def test_where_a_trial_runs_there_is_no_page_that_shows_doses(
 
     monkeypatch.setattr(server, "run", asked)
     trial = (tmp_path / "arms.json", tmp_path / "conversations.jsonl") if runs_a_trial else None
-    serve.serve_embedded(served, Settings(keys=("sesame",)), 4, 256, trial)
+    serve.serve_embedded(served, Settings(keys=("sesame",)), 4, 900, trial)
+    assert ("a conversation has 900 tokens" in capsys.readouterr().out) == runs_a_trial
     page, participants = (404, 200) if runs_a_trial else (200, 404)
     assert found == {"/": page, "/v1/relseek/projection": page, "/v1/models": 200, "/trial/history": participants}
 

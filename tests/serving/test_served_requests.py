@@ -27,7 +27,7 @@ def vectors(tmp_path_factory: pytest.TempPathFactory) -> Vectors:
     drawn = np.random.default_rng(0)
     write_vectors(folder / "one.safetensors", "safetensors", {2: drawn.normal(size=WIDTH).astype(np.float32)}, {})
     write_vectors(folder / "many.safetensors", "safetensors", {layer: drawn.normal(size=WIDTH).astype(np.float32) for layer in (1, 2, 3)}, {})
-    write_vectors(folder / "zero.safetensors", "safetensors", {4: np.zeros(WIDTH, np.float32)}, {})
+    write_vectors(folder / "zero.safetensors", "safetensors", {4: np.zeros(WIDTH, np.float32), 5: np.ones(WIDTH, np.float32)}, {})
     files = {name: f"{name}.safetensors" for name in ("one", "many", "zero")}
     return Vectors(Configuration.from_json({"folder": str(folder), "vectors": files, "default": {"vector": "one"}}), BLOCKS, WIDTH)
 
@@ -120,7 +120,7 @@ def test_the_canonical_text_says_all_that_is_done(vectors: Vectors, doses: list[
         ([{"vector": "one", "mode": "floor", "multiplier": 1}], "mode floor takes vector, sha256, layers and threshold"),
         ([{"vector": "one", "mode": "cap"}], "there is add, floor, ceiling, ablate"),
         ([{"vector": "one", "mode": ["add"]}], "mode list"),
-        ([{"vector": "zero", "mode": "floor", "threshold": 1}], "is zero"),
+        ([{"vector": "zero", "mode": "floor", "threshold": 1}], "is zero at block 4"),
         ([{"vector": "one", "layers": []}], "a block or a list of blocks"),
         ([{"vector": "one", "layers": [1, 1]}], "each once"),
         ([{"vector": "one", "layers": [1.0]}], "counted from 0"),

@@ -126,7 +126,8 @@ def test_a_vector_is_offered_while_the_server_runs(server: EmbeddedServer) -> No
     assert folder is not None
     cold = np.random.default_rng(9).normal(size=server.engine.model.width).astype(np.float32)
     write_vectors(folder / "cold.safetensors", "safetensors", {0: cold}, {})
-    write_vectors(folder / "wide.safetensors", "safetensors", {0: np.ones(7, np.float32)}, {})
+    write_vectors(folder / "narrow.safetensors", "safetensors", {0: np.ones(7, np.float32)}, {})
+    write_vectors(folder / "zero.safetensors", "safetensors", {0: np.zeros(server.engine.model.width, np.float32)}, {})
     wanted = steered({"vector": "cold", "multiplier": 1})
     assert server.chat(**wanted)[0] == 400
     status, found, _ = server.ask("/v1/relseek/vectors", {"name": "cold", "file": "cold.safetensors"})
@@ -135,17 +136,19 @@ def test_a_vector_is_offered_while_the_server_runs(server: EmbeddedServer) -> No
         expected = server.engine.model.generate([HELLO], Sampling(temperature=0, max_new_tokens=8))[0].text
     assert reply(server, **wanted) == expected
     assert "cold" in {one["name"] for one in server.ask("/v1/relseek/vectors")[1]["vectors"]}
-    for body in (
-        {"name": "wide", "file": "wide.safetensors"},
-        {"name": "warm", "file": "cold.safetensors"},
-        {"name": "x", "file": "../../etc/passwd"},
-        {"name": "x", "file": "/etc/passwd"},
-        {"name": "../x", "file": "cold.safetensors"},
-        {"name": "x"},
-        [],
+    for body, says in (
+        ({"name": "narrow", "file": "narrow.safetensors"}, "vectors of width 7; the model's residual stream needs 64"),
+        ({"name": "zero", "file": "zero.safetensors"}, "nothing but zeros"),
+        ({"name": "warm", "file": "cold.safetensors"}, "stands for another vector"),
+        ({"name": "x", "file": "../../etc/passwd"}, "there is none in the declared folder"),
+        ({"name": "x", "file": "/etc/passwd"}, "there is none in the declared folder"),
+        ({"name": "../x", "file": "cold.safetensors"}, "1 to 100 letters"),
+        ({"name": "x"}, "expected"),
+        ([], "expected"),
     ):
         status, found, _ = server.ask("/v1/relseek/vectors", body)
-        assert status == 400 and "passwd" not in found["error"]["message"].replace(str(body), "").partition(":")[2], found
+        assert status == 400 and says in found["error"]["message"], found
+        assert "passwd" not in found["error"]["message"].replace(str(body), "").partition(":")[2], found
 
 
 @pytest.mark.parametrize(
@@ -201,6 +204,20 @@ def test_what_is_not_done_is_refused_by_name_and_what_asks_for_nothing_is_not(se
         else:
             assert status == (404 if "model" in body else 400)
             assert says in found["error"]["message"] and set(found["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter"), [("temprature", "temprature"), ("\ud800", "\\ud800"), ("a\0b", "a\\x00b"), ("x" * 500, "x" * 56 + "...")]
+)
+def test_an_unknown_field_is_named_whatever_it_is_called(server: EmbeddedServer, name: str, parameter: str) -> None:
+    status, found, _ = server.chat(**{name: 1})
+    assert (status, found["error"]["param"]) == (400, parameter) and "unknown" in found["error"]["message"]
+
+
+def test_a_prompt_that_leaves_no_room_is_told_from_one_that_is_malformed(server: EmbeddedServer) -> None:
+    codes = {more: server.chat(messages=[{"role": "user", "content": "x" * more}])[1]["error"]["code"] for more in (504, 600)}
+    malformed = server.chat(messages=[{"role": "robot", "content": "x"}])[1]["error"]["code"]
+    assert (codes, malformed) == ({504: "context_length_exceeded", 600: "context_length_exceeded"}, None)
 
 
 # --- limits -------------------------------------------------------------------------------------------------------------
