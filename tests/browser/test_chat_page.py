@@ -18,6 +18,7 @@ from tests.browser.conftest import window_on
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.xdist_group("browser")]
 
 PROMPT = "Will you miss me?"
+STEERED = (0, 2)  # panels at λ = -1 and +1
 # All that the page holds but the model's own words, of which a random model's may be anything, and the list of keys.
 WITHOUT_REPLIES = """() => {
   const body = document.body.cloneNode(true);
@@ -179,10 +180,12 @@ def test_three_panels_answer_one_prompt_streaming_each_at_its_own_dose(chat, mod
     chat.page.fill("#max-tokens", "400")
     chat.page.click("#settings-button")
     chat.say(wait=False)
-    chat.expect(chat.page.locator(".going .text", has_text=re.compile("."))).to_have_count(3)  # all three are at it, and none has finished
-    early = [len(chat.texts(place)[1]) for place in range(3)]
+    for place in STEERED:  # both are at it at once; the unsteered reply ends by itself after a tenth of a second
+        chat.expect(chat.panel(place).locator(".going .text", has_text=re.compile("."))).to_have_count(1)
+    assert chat.panel(0).locator(".going").count() == 1
+    early = [len(chat.texts(place)[1]) for place in STEERED]
     chat.rest()
-    assert all(before < len(chat.texts(place)[1]) for place, before in enumerate(early))
+    assert all(before < len(chat.texts(place)[1]) for place, before in zip(STEERED, early, strict=True))
     for place, dose in enumerate((-1.0, 0.0, 1.0)):
         said, reply = chat.texts(place)
         assert said == PROMPT and reply.startswith(reference(model, engine, dose, PROMPT))
@@ -199,6 +202,41 @@ def test_the_slider_moves_by_quarters_within_the_servers_range_and_the_next_repl
     chat.say()
     assert chat.texts(2)[1] == reference(model, engine, 1.5, PROMPT)
     assert chat.texts(0)[1] == reference(model, engine, -1.0, PROMPT, name="cold")
+
+
+def test_nothing_is_sent_while_a_panel_replies_and_the_page_says_so(chat):
+    replies = Held(chat.page, "**/v1/chat/completions")
+    hint, send = chat.page.locator("#hint"), chat.page.locator("#send")
+    chat.say(wait=False)
+    chat.expect(hint).to_have_text("3 panels are still replying: wait, or stop them")
+    while len(replies.waiting) < 3:
+        chat.page.wait_for_timeout(50)
+    first, second, third = replies.waiting
+    first.continue_()
+    chat.expect(hint).to_have_text("2 panels are still replying: wait, or stop them")
+    second.continue_()
+    chat.expect(hint).to_have_text(re.compile(r"^Panel \d is still replying: wait, or stop it$"))
+    reason = hint.inner_text()
+    assert send.is_disabled() and send.get_attribute("aria-describedby") == "hint" and hint.bounding_box()["width"] > 100
+    chat.say("And now?", wait=False)
+    assert chat.page.input_value("#message") == "And now?" and reason in chat.page.locator("#status").inner_text()
+    assert [len(chat.texts(place)) for place in range(3)] == [2, 2, 2]
+    chat.page.select_option("#to", label=next(f"Panel {place}" for place in (1, 2, 3) if f"Panel {place} " not in reason))
+    assert send.is_enabled()
+    third.continue_()
+    chat.rest()
+    chat.page.select_option("#to", label="all panels")
+    assert send.is_enabled() and hint.bounding_box()["width"] == 1
+
+
+@pytest.mark.parametrize("field", ["temperature", "max-tokens"])
+def test_a_setting_that_requests_need_cannot_be_left_empty(chat, field):
+    chat.page.click("#settings-button")
+    chat.page.fill(f"#{field}", "")
+    chat.page.press(f"#{field}", "Tab")
+    assert chat.page.locator(f"#{field}:invalid").count() == 1
+    chat.say()
+    assert [(turn["fault"], turn["temperature"], turn["max_tokens"]) for turn in chat.export()] == [(None, 0, 24)] * 3
 
 
 def test_one_panel_can_be_spoken_to_alone(chat):
@@ -309,10 +347,13 @@ def test_a_reply_can_be_stopped_and_counts_as_far_as_it_went(chat):
     chat.page.fill("#max-tokens", "800")
     chat.page.click("#settings-button")
     chat.say(wait=False)
-    chat.expect(chat.page.locator(".going .text", has_text=re.compile("."))).to_have_count(3)
+    for place in STEERED:
+        chat.expect(chat.panel(place).locator(".going .text", has_text=re.compile("."))).to_have_count(1)
     chat.page.keyboard.press("Escape")
     chat.rest()
-    assert all(turn["fault"] == "stopped" and len(turn["reply"]) > 0 for turn in chat.export())
+    found = {turn["multiplier"]: turn for turn in chat.export()}
+    assert all(found[dose]["fault"] == "stopped" and len(found[dose]["reply"]) > 0 for dose in (-1.0, 1.0))
+    assert found[0.0]["fault"] in (None, "stopped") and len(found[0.0]["reply"]) > 0
 
 
 @pytest.mark.parametrize("ended", [None, "abort"])
@@ -361,6 +402,75 @@ def test_a_fault_in_a_blind_comparison_tells_neither_vector_nor_dose_and_no_vote
     chat.page.get_by_role("button", name="Vote and reveal").click()
     assert all(len(one["turns"]) == 1 for one in chat.export()[-1]["candidates"])
     chat.faults = [one for one in chat.faults if "400" not in one]  # the browser reports refused measurements itself
+
+
+def test_a_turn_that_fails_each_time_is_dropped_in_all_panels_and_the_turns_before_it_can_be_voted_on(chat):
+    def faulty(route: Any) -> None:
+        asked = route.request.post_data_json
+        failing = "vllm_xargs" in asked and asked["messages"][-1]["content"] == "Too long"
+        route.fulfill(**streamed("", None, {"error": {"message": "the context is full"}})) if failing else route.continue_()
+
+    chat.page.route("**/v1/chat/completions", faulty)
+    button, vote_button = (chat.page.get_by_role("button", name=name) for name in ("Drop the last turn in all panels", "Vote and reveal"))
+    chat.page.click("#blind")
+    chat.say("Too long")
+    button.click()
+    assert [chat.texts(place) for place in range(3)] == [[], [], []] and vote_button.count() == 0
+    chat.say()
+    assert vote_button.is_enabled() and button.count() == 0
+    chat.say("Too long")
+    chat.page.keyboard.press("Alt+Shift+KeyR")
+    chat.rest()
+    chat.expect(chat.page.locator(".fault")).to_have_count(2)
+    assert vote_button.is_disabled() and "did not come to its end" in chat.page.locator("#blindbar").inner_text()
+    chat.page.keyboard.press("Alt+Shift+KeyV")
+    chat.page.keyboard.press("Enter")
+    assert [chat.texts(place)[0] for place in range(3)] == [PROMPT] * 3 and {len(chat.texts(place)) for place in range(3)} == {2}
+    chat.page.check("#blindbar input[value=A]")
+    vote_button.click()
+    *turns, vote = chat.export()
+    assert vote["prompts"] == [PROMPT] and all(len(one["turns"]) == 1 for one in vote["candidates"])
+    failed = [turn for turn in turns if turn["messages"][-1]["content"] == "Too long"]
+    assert len(failed) == 9 and not any(turn["shown"] or turn["vote"] for turn in failed)
+
+
+def test_a_blind_edit_goes_to_all_panels_and_no_vote_compares_replies_to_different_messages(chat):
+    chat.page.click("#blind")
+    chat.say()
+    chat.say("And now?")
+    chat.panel(1).get_by_role("button", name="Edit").last.click()
+    chat.panel(1).get_by_label("Edit your message").fill("And then?")
+    chat.panel(1).get_by_role("button", name="Send the edited message to all").click()
+    chat.rest()
+    assert [chat.texts(place)[::2] for place in range(3)] == [[PROMPT, "And then?"]] * 3
+    vote, bar = chat.page.get_by_role("button", name="Vote and reveal"), chat.page.locator("#blindbar")
+    chat.page.check("#blindbar input[value=A]")
+    chat.panel(2).get_by_role("button", name="Earlier version").click()
+    assert vote.is_disabled() and "replies to the same messages" in bar.inner_text()
+    chat.page.evaluate("vote('A', '')")
+    chat.say("Go on")
+    assert chat.page.evaluate("state.votes.length") == 0 and "the same messages" in chat.page.locator("#notice-text").inner_text()
+    chat.panel(2).get_by_role("button", name="Later version").click()
+    assert vote.is_enabled() and "the same messages" not in bar.inner_text()
+    vote.click()
+    *turns, voted = chat.export()
+    compared = [turn for turn in turns if turn["messages"][-1]["content"] == "And then?"]
+    assert voted["prompts"] == [PROMPT, "And then?"] and len({turn["seed"] for turn in compared}) == 1
+    assert sorted(turn["turn"] for turn in compared) == sorted(one["turns"][1] for one in voted["candidates"])
+
+
+def test_votes_are_counted_apart_for_each_vector(chat):
+    chat.panel(1).get_by_role("button", name="Remove").click()
+    chat.panel(0).locator("select").select_option("cold")
+    for place in (0, 1):
+        chat.panel(place).locator(".slider").press("End")
+    for name in ("cold", "warm"):
+        chat.page.click("#blind") if name == "cold" else chat.page.get_by_role("button", name="Next blind round").click()
+        chat.say()
+        place = chat.page.evaluate("name => shownPanels().findIndex((panel) => panel.vector === name)", name)
+        chat.page.check(f"#blindbar input[value={'AB'[place]}]")
+        chat.page.get_by_role("button", name="Vote and reveal").click()
+    chat.expect(chat.page.locator(".votes")).to_have_text("2 votes so far: 1 for λ +2.00, cold; 1 for λ +2.00, warm")
 
 
 def test_a_dose_that_ends_at_once_can_be_voted_on(chat):
@@ -467,6 +577,54 @@ def test_two_windows_know_nothing_of_each_other_and_a_reload_loses_nothing(chat,
     assert [chat.texts(place) for place in range(3)] == said
 
 
+@pytest.mark.parametrize("how", ["reload", "restored"])
+def test_a_reply_that_its_tabs_end_cuts_off_is_kept_as_far_as_it_had_come(chat, url, how):
+    """Chromium fails requests before a reload; other browsers, and the end of a tab that is restored later, leave them as they are."""
+    chat.page.click("#settings-button")
+    chat.page.fill("#max-tokens", "800")
+    chat.page.click("#settings-button")
+    chat.page.select_option("#to", label="Panel 3")
+    chat.say(wait=False)
+    chat.expect(chat.page.locator(".going .text", has_text=re.compile("."))).to_have_count(1)
+    if how == "reload":
+        chat.page.reload()
+        found = chat
+    else:
+        kept = chat.page.evaluate("() => { dispatchEvent(new Event('pagehide')); return JSON.stringify({ ...sessionStorage }); }")
+        chat.page.keyboard.press("Escape")
+        chat.rest()
+        page = chat.page.context.new_page()
+        page.add_init_script(f"Object.assign(sessionStorage, {kept})")
+        found = Chat(page, url)
+    found.expect(found.page.locator(".fault", has_text="broken off" if how == "restored" else re.compile("."))).to_have_count(1)
+    [turn] = found.export()
+    assert turn["fault"] and turn["shown"] and turn["seconds"] is not None
+    assert turn["reply"] and turn["reply"] == found.texts(2)[1]
+
+
+def test_a_duplicated_tab_goes_on_with_a_session_of_its_own(chat, url):
+    """A window that a page opens begins with a copy of the page's storage, as a duplicated tab does."""
+    chat.say()
+    chat.expect(chat.page.locator(".figures", has_text="projection")).to_have_count(3)
+    replies = Held(chat.page, "**/v1/chat/completions")
+    chat.say("And now?", wait=False)
+    with chat.page.expect_popup() as opened:
+        chat.page.evaluate("void window.open(location.href)")
+    other = Chat(opened.value, url)
+    other.expect(other.page.locator(".fault", has_text="broken off")).to_have_count(3)
+    other.say("There")
+    replies.let_go()
+    chat.rest()
+    chat.page.reload()
+    chat.expect(chat.page.locator(".panel")).to_have_count(3)
+    chat.say("Here")
+    here, there = chat.export(), other.export()
+    assert here[:3] == there[:3] and len({turn["session"] for turn in here}) == 1
+    assert len({turn["session"] for turn in there[3:]}) == 1 and there[3]["session"] != here[0]["session"]
+    assert [turn["fault"] for turn in here] == [None] * 9 and [turn["fault"] for turn in there] == [None] * 3 + ["broken off"] * 3 + [None] * 3
+    assert not other.faults
+
+
 def test_markup_in_a_message_is_text(chat):
     chat.say("<img src=x onerror=alert(1)><b>bold</b>")
     assert chat.texts(0)[0] == "<img src=x onerror=alert(1)><b>bold</b>"
@@ -508,17 +666,36 @@ def test_everything_can_be_done_with_the_keyboard(chat):
         keys.press("Alt+Shift+KeyX")
 
 
-def test_a_screen_reader_hears_a_reply_once_and_whole(chat):
+def listen(chat: Chat) -> None:
+    """Gather what is announced in `window.heard`."""
     chat.page.evaluate(
         """() => { window.heard = []; new MutationObserver((changes) => changes.forEach((change) => change.addedNodes.forEach((node) =>
             window.heard.push(node.textContent)))).observe(document.getElementById('status'), { childList: true }); }"""
     )
+
+
+def test_a_screen_reader_hears_a_reply_once_and_whole(chat):
+    listen(chat)
     chat.say()
     heard = chat.page.evaluate("window.heard")
     assert heard[0] == "3 panels are replying"
     assert sorted(heard[1:]) == sorted(f"Panel {place + 1} replied: {chat.texts(place)[1]}" for place in range(3))
     live = chat.page.locator("[aria-live], [role=status], [role=log], [role=alert]")
     assert live.count() == 1 and live.get_attribute("id") == "status"  # what grows token by token is in no live region
+    assert live.get_attribute("aria-atomic") == "false"  # or each line would be read with all those before it
+    assert live.get_attribute("aria-relevant") == "additions"
+
+
+def test_a_replying_panel_that_is_removed_is_said_to_be_removed_alone(chat):
+    listen(chat)
+    replies = Held(chat.page, "**/v1/chat/completions")
+    chat.say(wait=False)
+    chat.panel(1).get_by_role("button", name="Remove").click()
+    chat.expect(chat.page.locator(".going")).to_have_count(2)
+    chat.page.wait_for_function("state.records.some((record) => record.fault === 'stopped')")
+    assert chat.page.evaluate("window.heard") == ["3 panels are replying", "Panel 2 removed; what it said stays in the export"]
+    replies.let_go()
+    chat.rest()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -533,7 +710,12 @@ def test_axe_finds_no_serious_fault(chat, scheme, screenshots):
         return [(one["id"], [node["html"][:200] for node in one["nodes"]]) for one in found if one["impact"] in ("serious", "critical")]
 
     found = faults()
-    chat.say()
+    replies = Held(chat.page, "**/v1/chat/completions")
+    chat.say(wait=False)
+    chat.expect(chat.page.locator("#hint")).to_contain_text("still replying")
+    found += faults()
+    replies.let_go()
+    chat.rest()
     chat.say("And now?")
     chat.panel(0).get_by_role("button", name="Regenerate").last.click()
     chat.rest()
@@ -549,6 +731,10 @@ def test_axe_finds_no_serious_fault(chat, scheme, screenshots):
     chat.say()
     chat.expect(chat.page.locator("#blindbar form")).to_be_visible()
     found += faults()
+    chat.page.route("**/v1/chat/completions", lambda route: route.fulfill(**streamed("Half a", None)))
+    chat.say("And now?")
+    found += faults()
+    chat.page.get_by_role("button", name="Drop the last turn").click()
     chat.page.check("#blindbar input[value=tie]")
     chat.page.get_by_role("button", name="Vote and reveal").click()
     found += faults()
