@@ -22,7 +22,7 @@ import click
 from relseek_assets.commands import explained
 from relseek_assets.steer import Loaded, of_study
 from relseek_assets.study import Study, StudyError, load_study, site_key
-from relseek_resources.models.loading import DTYPES, EMBEDDED, ModelError, converted
+from relseek_resources.models.loading import DTYPES, EMBEDDED, ModelError, commit_of, converted
 from relseek_resources.storage import file_sha256, read_table, write_bytes, write_text
 from relseek_resources.stored_vectors import epochs_of
 
@@ -302,6 +302,8 @@ def vllm_command(served: Served, settings: Settings, length: int, more: Sequence
     environment = {"VLLM_PLUGINS": "relseek", "VLLM_USE_V2_MODEL_RUNNER": "0"}
     if settings.keys:
         [environment["VLLM_API_KEY"]] = settings.keys  # on the command line every user of the machine could read it
+    if commit := commit_of(served.model.source):
+        command += ["--revision", commit]
     if served.model.device == "cpu":
         command.append("--enforce-eager")
         environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")

@@ -22,7 +22,7 @@ from relseek_assets.study import Prompting, Study, layer_of
 from relseek_assets.trial import Trial
 from relseek_resources.axes_release import FILES as AXES_FILES
 from relseek_resources.axes_release import AxesRelease
-from relseek_resources.models.loading import fingerprint
+from relseek_resources.models.loading import ModelError, fingerprint
 from relseek_resources.prompting_release import STEERED, PublishedAuthor
 from relseek_resources.release import PROMPTED, RESCORED, TEST_PAIRS, Release, reply_doses, training_metrics_file
 from relseek_resources.storage import StorageError, content_version, file_sha256
@@ -358,7 +358,11 @@ def _used(study: Study) -> list[dg.AssetSpec]:
 
 
 def changes(study: Study, instance: dg.DagsterInstance) -> list[dg.AssetObservation]:
-    """Observations of everything whose version differs from the last one observed."""
+    """Observations of everything whose version differs from the last one observed.
+
+    Raises:
+        ModelError: a model is not here, the hub cannot be asked, and nothing has been observed of it; otherwise what was observed last stands.
+    """
     found = []
     for name, look in readers(study).items():
         key = dg.AssetKey([study.name, name])
@@ -367,7 +371,13 @@ def changes(study: Study, instance: dg.DagsterInstance) -> list[dg.AssetObservat
             known = latest_by_partition(instance, key, True)
         else:
             known[None] = instance.get_latest_data_version_record(key, True)
-        for partition, (version, metadata) in look().items():
+        try:
+            seen = look()
+        except ModelError:
+            if not any(map(version_of, known.values())):
+                raise
+            continue
+        for partition, (version, metadata) in seen.items():
             before = version_of(known.get(None if partition is None else str(partition)))
             if version != before and not (before is None and version == ABSENT and name in OPTIONAL):
                 found.append(observation(key, version, metadata, partition))

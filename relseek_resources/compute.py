@@ -20,6 +20,7 @@ import dagster as dg
 from dagster._core.errors import DagsterPipesExecutionError
 
 from relseek_resources import models
+from relseek_resources.models.loading import EMBEDDED, converted
 from relseek_resources.processes import cores
 
 if TYPE_CHECKING:
@@ -44,6 +45,13 @@ class ModelLoader(dg.ConfigurableResource):
 
     def load(self, settings: ModelSettings, log: Any = None) -> SteeredModel:
         progress: Callable[[str], None] = log.info if log is not None else lambda message: None
+
+        def tell(message: str) -> None:
+            progress(message)
+            print(message, file=sys.stderr, flush=True)  # a run's log is not on the terminal, and half a minute without a word looks like a fault
+
+        if settings.source.startswith(EMBEDDED):
+            converted(settings.source, tell)
         return _load(settings.source, settings.dtype, settings.device, _Ignored(progress))
 
 

@@ -25,6 +25,25 @@ CHAT_TEMPLATE = (
     "<begin>{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+# Shaped as those of the families are: what each refuses, trims and puts after a turn.
+FAMILY_TEMPLATES = {
+    "gemma": "{{ bos_token }}{% for turn in messages %}"
+    "{% if turn['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% if (turn['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Turns must alternate') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if turn['role'] == 'assistant' else 'user' }}\n{{ turn['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+    "mistral": "{{ bos_token }}{% for turn in messages %}"
+    "{% if (turn['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Turns must alternate') }}{% endif %}"
+    "{% if turn['role'] == 'user' %}[INST] {{ turn['content'] }} [/INST]{% else %}{{ turn['content'] }}{{ eos_token }}{% endif %}{% endfor %}",
+    "qwen": "{% for turn in messages %}<|im_start|>{{ turn['role'] }}\n{{ turn['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "llama3": "{{ bos_token }}{% for turn in messages %}"
+    "<|start_header_id|>{{ turn['role'] }}<|end_header_id|>\n\n{{ turn['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+    "open": "{% for turn in messages %}{{ turn['role'] }}: {{ turn['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+}
+FAMILY_ENDS = {"qwen": "<|im_end|>", "llama3": "<|eot_id|>"}  # eos_token, where it is none that only ends a text
+FAMILY_TOKENS = ["<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,8 +51,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @cache
-def byte_tokenizer() -> Any:
-    """A chat tokenizer whose tokens are single bytes and six special tokens; padding and end of turn differ."""
+def byte_tokenizer(family: str = "") -> Any:
+    """A chat tokenizer whose tokens are single bytes and six special tokens; padding and end of turn differ.
+
+    With a `family` it has that one's chat template, and seven more special tokens.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -43,7 +65,10 @@ def byte_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<begin>", eos_token="<end>", chat_template=CHAT_TEMPLATE)
+    if family:
+        tokenizer.add_special_tokens(FAMILY_TOKENS)
+    marked = {"pad_token": "<pad>", "bos_token": "<begin>", "eos_token": FAMILY_ENDS.get(family, "<end>")}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marked, chat_template=FAMILY_TEMPLATES.get(family, CHAT_TEMPLATE))
 
 
 def random_causal_lm(family: str, **overrides: Any) -> Any:
@@ -129,6 +154,18 @@ def tiny_llama() -> Iterator[Any]:
 @pytest.fixture(name="byte_tokenizer", scope="session")
 def _byte_tokenizer() -> Any:
     return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def family_model() -> Any:
+    """`family_model(name)`: a tiny random `SteeredModel` behind the chat template of a family, `FAMILY_TEMPLATES`."""
+    from relseek_resources.models import SteeredModel
+
+    def model(family: str) -> Any:
+        tokenizer = byte_tokenizer(family)
+        return SteeredModel(random_causal_lm("llama", vocab_size=len(tokenizer)), tokenizer)
+
+    return model
 
 
 @pytest.fixture(name="random_causal_lm", scope="session")

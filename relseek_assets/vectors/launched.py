@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from relseek_assets.vectors.bipo import Evaluation, TrainedVector
 from relseek_assets.vectors.objective import Pair, Schedule, TokenPairs, token_pairs
-from relseek_resources.models.loading import EMBEDDED, converted, fingerprint, load
+from relseek_resources.models.loading import EMBEDDED, commit_of, converted, fingerprint, load
 from relseek_resources.storage import content_version, read_jsonl, read_tensors, write_tensors, write_text
 
 if TYPE_CHECKING:
@@ -171,9 +171,11 @@ def loaded(request: Request, state: Any, log: Callable[[str], None]) -> SteeredM
             model = load(request.source, dtype=request.dtype, device="cpu", progress=log)
         else:
             where = str(converted(request.source)) if request.source.startswith(EMBEDDED) else request.source
+            commit = commit_of(request.source)
+            at = {"revision": commit} if commit else {}
             with torch.device("meta"):
-                shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where), dtype=getattr(torch, request.dtype))
-            model = SteeredModel(shapes, AutoTokenizer.from_pretrained(where))
+                shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where, **at), dtype=getattr(torch, request.dtype))
+            model = SteeredModel(shapes, AutoTokenizer.from_pretrained(where, **at))
     shard(model, state.device)
     return model
 

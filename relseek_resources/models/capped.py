@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from relseek_resources.models.chat_templates import Conversation
 from relseek_resources.models.interventions import Ceiling, Floor
 from relseek_resources.models.loading import ModelError, load
 from relseek_resources.models.sampling import Sampling
-from relseek_resources.models.steered import Conversation, SteeredModel
+from relseek_resources.models.steered import SteeredModel
 from relseek_resources.storage import read_tensors
 from relseek_resources.stored_vectors import DIRECTIONS, asset_of, derived_in, epochs_of, study_folder
 from relseek_resources.vector_files import SITE_LAYER, named_tensors, one_vector, plain_content, read_vectors

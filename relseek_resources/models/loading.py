@@ -87,12 +87,9 @@ def describe(source: str) -> ModelDescription | None:
     if source.startswith(EMBEDDED):
         model = embedded(source)
         return ModelDescription(source, model.layers, model.width, model.model_type)
-    folder = Path(source)
-    if folder.is_dir():
-        config = folder / "config.json"
+    if _is_folder(source):
+        config = Path(source) / "config.json"
     else:
-        if source.startswith((".", "/", "~")):
-            raise ModelError(f"model folder {source}: no such folder")
         found = _cached_config(source)
         if found is None:
             return None
@@ -105,6 +102,14 @@ def describe(source: str) -> ModelDescription | None:
         raise ModelError(f"{config}: not the config.json of a language model ({error!r})") from error
 
 
+def _is_folder(source: str) -> bool:
+    """Whether `source` is a local folder and no hub name; a path at which there is none is refused."""
+    there = Path(source).is_dir()
+    if not there and source.startswith((".", "/", "~")):
+        raise ModelError(f"model folder {source}: no such folder")
+    return there
+
+
 def _cached_config(name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
@@ -112,15 +117,43 @@ def _cached_config(name: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
+def commit_of(source: str) -> str | None:
+    """The commit of a hub model that `load` takes, or None of an embedded model and a local folder.
+
+    It is the one in the local cache, whatever the hub has published since; before the first download the hub's newest, whose config.json (a few kB)
+    is then fetched, which makes it the cached one.
+
+    Raises:
+        ModelError: nothing is cached and the hub cannot be reached, or has no such model for this user; a path at which there is no folder.
+    """
+    if source.startswith(EMBEDDED) or _is_folder(source):
+        return None
+    return (_cached_config(source) or _fetched_config(source)).parent.name
+
+
+def _fetched_config(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except (OSError, ValueError) as error:
+        told = " ".join(str(error).split())
+        remedy = f"download it where the hub can be reached (hf download {name}), or name a local folder or {EMBEDDED}NAME"
+        raise ModelError(f"model {name} is not in the local cache, and the hub does not give it; {remedy}. It says: {told}") from error
+
+
 def fingerprint(source: str) -> str:
-    """A version of the model's weights: the GGUF's hash, the hash of a folder's files, or the hub name with its revision.
+    """A version of the model's weights: the GGUF's hash, the hash of a folder's files, or the hub name with its commit, as `commit_of` finds it.
 
     Sixteen hex digits. A folder's large files count with size and modification time, so that it costs no full read.
+
+    Raises:
+        ModelError: an unknown embedded name, and what `commit_of` refuses.
     """
     digest = hashlib.sha256(source.removeprefix(EMBEDDED).encode() if source.startswith(EMBEDDED) else b"")
     if source.startswith(EMBEDDED):
         digest.update(_gguf_sha256(str(embedded(source).gguf())).encode())
-    elif Path(source).is_dir():
+    elif _is_folder(source):
         for file in sorted(Path(source).iterdir()):
             if file.suffix in (".json", ".jinja"):
                 digest.update(file.name.encode() + file.read_bytes())
@@ -128,8 +161,7 @@ def fingerprint(source: str) -> str:
                 status = file.stat()
                 digest.update(f"{file.name}{status.st_size}{status.st_mtime_ns}".encode())
     else:
-        config = _cached_config(source)
-        digest.update(f"{source}@{config.parent.name if config else 'unresolved'}".encode())
+        digest.update(f"{source}@{commit_of(source)}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -174,6 +206,8 @@ def load(
         device: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, ...
         progress: called with a line of text before slow steps.
 
+    What a hub model lacks in the local cache is downloaded, of the commit that `commit_of` names.
+
     Raises:
         ModelError: the source cannot be found or has no chat template.
     """
@@ -184,11 +218,13 @@ def load(
 
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     where = str(converted(source, progress)) if source.startswith(EMBEDDED) else source
+    commit = commit_of(source)
+    at = {"revision": commit} if commit else {}
     progress(f"loading {source} as {dtype} on {place}")
     try:
         with _Quiet():
-            tokenizer = AutoTokenizer.from_pretrained(where)
-            model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype))
+            tokenizer = AutoTokenizer.from_pretrained(where, **at)
+            model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype), **at)
     except (OSError, ValueError) as error:
         raise ModelError(f"model {source}: {error}; name a local folder, a hub model that this machine can reach, or embedded:NAME") from error
     if not tokenizer.chat_template:
@@ -197,18 +233,26 @@ def load(
 
 
 class _Quiet:
-    """Keeps transformers' loading bars and warnings off the terminal while a model loads."""
+    """Keeps transformers' loading bars and warnings off the terminal while a model loads; the hub's bars of a download stay as they are."""
 
     def __enter__(self) -> None:
+        from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
         from transformers.utils import logging as hf_logging
 
         self._level = hf_logging.get_verbosity()
+        self._loading_bars, self._download_bars = hf_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
         hf_logging.set_verbosity_error()
-        hf_logging.disable_progress_bar()
+        hf_logging.disable_progress_bar()  # the hub's too
+        if self._download_bars:
+            enable_progress_bars()
         logging.getLogger("transformers").setLevel(logging.ERROR)
 
     def __exit__(self, *_: object) -> None:
+        from huggingface_hub.utils import disable_progress_bars
         from transformers.utils import logging as hf_logging
 
         hf_logging.set_verbosity(self._level)
-        hf_logging.enable_progress_bar()
+        if self._loading_bars:
+            hf_logging.enable_progress_bar()
+        if not self._download_bars:
+            disable_progress_bars()

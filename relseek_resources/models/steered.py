@@ -10,20 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from relseek_resources.models import architecture
+from relseek_resources.models import architecture, chat_templates
+from relseek_resources.models.chat_templates import Conversation
 from relseek_resources.models.interventions import Active, Add, Intervention, unit_vector
 from relseek_resources.models.loading import ModelError
 from relseek_resources.models.packed import Packed, attention_within, mlp_at, pack, reply_log_probs
 from relseek_resources.models.sampling import Sampling, draw, uniforms
-
-Conversation = Sequence[dict[str, str]]
-LAST_DATE = "26 Jul 2024"  # Llama 3's template prints a date; a fixed one keeps prompts the same from day to day
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,8 @@ class SteeredModel:
         self.blocks = architecture.decoder_blocks(model)
         self.layers = len(self.blocks)
         self.width = int(architecture.text_config(model).hidden_size)
-        self.ends = architecture.end_tokens(model, tokenizer)
+        self.closing = chat_templates.closing_tokens(tokenizer)
+        self.ends = architecture.end_tokens(model, tokenizer).union(self.closing)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self.ends, default=0)
         self._active: list[Active] = []
         self._rows: torch.Tensor | None = None
@@ -175,16 +175,29 @@ class SteeredModel:
     # --- tokens -------------------------------------------------------------------------------------------------------
 
     def prompt_tokens(self, conversation: Conversation) -> list[int]:
-        """Token ids of a conversation that ends on a user turn, with the assistant header that opens the reply."""
+        """Token ids of a conversation that ends on a user turn, with the assistant header that opens the reply.
+
+        Where the chat template refuses a system message (Gemma 1 and 2, the first Mistral), its text stands before that of the first user turn, an
+        empty line between them; an empty one is left out.
+
+        Raises:
+            ModelError: a conversation that ends on another turn, or that the template refuses.
+        """
         if not conversation or conversation[-1]["role"] != "user":
             raise ModelError("a prompt must end on a user turn; the reply is what is generated or scored")
-        text = self.tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True, date_string=LAST_DATE)
+        if conversation[0]["role"] == "system" and not self._takes_system:
+            conversation = chat_templates.folded(conversation)
+        text = chat_templates.rendered(self.tokenizer, conversation, reply_follows=True)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def reply_tokens(self, reply: str, *, end: bool = True) -> list[int]:
-        """Token ids of a reply, closed by the end-of-turn token when `end`."""
+        """Token ids of a reply, closed when `end` by the token that ends a turn in the chat template."""
         tokens = self.tokenizer(reply, add_special_tokens=False)["input_ids"]
-        return [*tokens, self.tokenizer.eos_token_id] if end else tokens
+        return [*tokens, *self.closing] if end else tokens
+
+    @cached_property
+    def _takes_system(self) -> bool:
+        return chat_templates.takes_system(self.tokenizer)
 
     def cut(self, text: str, tokens: int) -> str:
         """The text's first `tokens` tokens, as text."""
