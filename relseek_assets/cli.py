@@ -186,14 +186,24 @@ def status(study: str, partitions: bool, form: str) -> None:
 
     Waiting is what a judge asked by Batch has not answered yet, and what is made from its answers; `relseek run` and the sensor collect it.
     Absent is what would be made from published files that are not here, or from another study that has not been run; no run asks for it.
+    Partitions without results were computed and hold nothing; they say why.
     """
+    from relseek_assets.planning import without_results
+
     workspace = _workspace(study)
     workspace.observe()
     workspace.ask_servers()
     states = workspace.states()
     if form == "json":
         rows = [
-            {"asset": name, "partition": partition, "status": state.status, "reason": state.reason, "version": state.version}
+            {
+                "asset": name,
+                "partition": partition,
+                "status": state.status,
+                "reason": state.reason,
+                "version": state.version,
+                "without_results": state.nothing,
+            }
             for (name, partition), state in states.items()
         ]
         click.echo(json.dumps(rows, indent=1))
@@ -207,7 +217,11 @@ def status(study: str, partitions: bool, form: str) -> None:
         click.echo(f"{name:24} {missing:8d} {stale:8d} {waiting:8d} {fresh:8d} {imported:9d} {absent:7d}  {reason}")
         if partitions:
             for partition, state in mine.items():
-                click.echo(f"    {partition or 'all':32} {state.status:9} {state.reason}")
+                nothing = state.nothing and f"without results: {state.nothing}"
+                click.echo(f"    {partition or 'all':32} {state.status:9} {'; '.join(filter(None, (state.reason, nothing)))}")
+            continue
+        for line in without_results([state.nothing for state in mine.values() if state.nothing]):
+            click.echo(f"    {line}")
     _say_checks(workspace)
 
 
@@ -221,10 +235,11 @@ def status(study: str, partitions: bool, form: str) -> None:
 @click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Write here instead of printing; parquet needs it.")
 @_explained
 def table(study: str, asset: str, wanted: tuple[str, ...], form: str, output: Path | None) -> None:
-    """Print a table asset, all of its partitions by default."""
+    """Print a table asset, all of its partitions by default; what of it is missing or stale is said on stderr."""
     from relseek_assets.exchange import export, read_asset
 
-    frame = read_asset(_workspace(study), asset, wanted)
+    workspace = _workspace(study)
+    frame = read_asset(workspace, asset, wanted)
     if form == "parquet" and output is None:
         raise click.UsageError("parquet is binary; name a file with -o")
     content = export(frame, form)
@@ -235,6 +250,20 @@ def table(study: str, asset: str, wanted: tuple[str, ...], form: str, output: Pa
 
         write_bytes(output, content if isinstance(content, bytes) else content.encode())
         click.echo(f"{len(frame)} rows in {output}")
+    _say_unfinished(workspace, study, workspace.asset(asset).name, wanted)
+
+
+def _say_unfinished(workspace: Workspace, study: str, name: str, wanted: Sequence[str]) -> None:
+    """Say on stderr what of an asset's partitions, or of those wanted, is not there or not up to date."""
+    workspace.observe()
+    states = [state.status for (asset, key), state in workspace.states([name]).items() if asset == name and (not wanted or key in wanted)]
+    counts = {status: states.count(status) for status in ("missing", "stale", "waiting") if status in states}
+    if counts:
+        (first, count), *others = counts.items()
+        shown = ", ".join([f"{count} of {len(states)} partitions {first}", *(f"{count} {status}" for status, count in others)])
+        made_by = workspace.asset(name).made_by
+        by = f"`{made_by} {study}` records" if made_by else f"`relseek run {study} --select {name}` computes"
+        click.echo(f"{name}: {shown}; {by} {'them' if sum(counts.values()) > 1 else 'it'}", err=True)
 
 
 @main.command()
@@ -242,7 +271,10 @@ def table(study: str, asset: str, wanted: tuple[str, ...], form: str, output: Pa
 @click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Copy the page here too.")
 @_explained
 def report(study: str, output: Path | None) -> None:
-    """Bring STUDY's report up to date and say where it is: one self-contained HTML page."""
+    """Bring STUDY's report up to date and say where it is: one self-contained HTML page.
+
+    Where it waits for something, an earlier page stays as it is; where there is none, the exit status is 1.
+    """
     workspace = _workspace(study)
     names = _reports(workspace)
     if not names:
@@ -253,8 +285,15 @@ def report(study: str, output: Path | None) -> None:
         _print_plan(tasks)
         workspace.run(names, click.echo)
     _say_checks(workspace)
+    states = workspace.states(names)
+    lacking = []
     for name in names:
-        path = workspace.path(name, None)
+        path, state = workspace.path(name, None), states[name, None]
+        if not path.is_file():
+            lacking.append(f"there is no {name} yet: {state.status}, {state.reason or 'nothing was computed'}")
+            continue
+        if state.status not in ("fresh", "imported"):
+            click.echo(f"{name}: the page is an earlier one, because it is {state.status}: {state.reason}")
         if output is not None:
             from relseek_resources.storage import write_text
 
@@ -262,6 +301,8 @@ def report(study: str, output: Path | None) -> None:
             path = output if len(names) == 1 else output.with_name(f"{output.stem}_{name}{output.suffix}")
             write_text(path, text)
         click.echo(f"report: {path}")
+    if lacking:
+        raise click.ClickException("\n".join(lacking))
 
 
 @main.group(cls=_Group)
@@ -384,7 +425,6 @@ def _stored(workspace: Workspace, names: Iterable[str]) -> dict[str, pd.DataFram
 
 def _ran(workspace: Workspace) -> Ran | None:
     """What was run of a trial, or None where nothing was."""
-    from relseek_assets.stage import STATUS
     from relseek_assets.trials.registration import Ran
 
     tables = _stored(workspace, ("trial_forms", "trial_contrasts", "trial_equivalence", "trial_fdr"))
@@ -393,10 +433,8 @@ def _ran(workspace: Workspace) -> Ran | None:
     lineage, key = workspace.lineage(), workspace.stage.key("trial_contrasts")
     statuses = {}
     for partition in workspace.partitions("trial_contrasts"):
-        record = lineage.record(key, partition)
-        if record is not None and workspace.path("trial_contrasts", partition).is_file():
-            found = record.event_log_entry.asset_materialization.metadata.get(STATUS)
-            statuses[str(partition)] = "" if found is None else str(found.value)
+        if lineage.record(key, partition) is not None and workspace.path("trial_contrasts", partition).is_file():
+            statuses[str(partition)] = lineage.nothing(key, partition)
     return Ran(statuses, **{name.removeprefix("trial_"): table for name, table in tables.items() if name != "trial_contrasts"})
 
 
@@ -455,9 +493,17 @@ def _workspace_in(study: str, home: Path | None) -> Workspace:
     from relseek_assets.planning import Workspace
     from relseek_assets.stage import Store
 
+    home = home.resolve()
     if not (home / "dagster.yaml").is_file():
-        raise StorageError(f"{home}: no dagster.yaml there; --store-b wants a Dagster home")
-    return Workspace(load_study(study), DagsterInstance.from_config(str(home.resolve())), store=Store(root=str(home.resolve() / "store")))
+        raise StorageError(
+            f"{home}: no dagster.yaml there; --store-b wants a Dagster home with its store in it, for files alone do not say which versions they are"
+        )
+    found = Workspace(load_study(study), DagsterInstance.from_config(str(home)), store=Store(root=str(home / "store")))
+    if not found.store.folder(found.study.name).is_dir():
+        raise StorageError(
+            f"{home}: {found.study.name} has no files under {home / 'store'}; --store-b looks for them there: copy or link what RELSEEK_STORE had"
+        )
+    return found
 
 
 @main.group(name="import", cls=_Group)

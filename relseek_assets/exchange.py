@@ -14,7 +14,9 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +24,12 @@ from typing import Any, NamedTuple
 import dagster as dg
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel
-from pydantic_core import to_jsonable_python
+from dagster._core.definitions.data_version import CODE_VERSION_TAG
 
+from relseek_assets import sources
 from relseek_assets.behaviour import FILES, read_rubric, read_rubrics
 from relseek_assets.dataset.pairs import PREFERENCE_PAIRS, evaluation_items
+from relseek_assets.lineage import SOURCE_TAG
 from relseek_assets.partitions import multi_key, step_key
 from relseek_assets.planning import Workspace
 from relseek_assets.stage import StageAsset
@@ -162,30 +165,78 @@ def export_vector(workspace: Workspace, site: str, epoch: int, form: str, file: 
 # --- in ---------------------------------------------------------------------------------------------------------------
 
 
-def _place(workspace: Workspace, name: str, partition: str, write: Callable[[Path], str], file: Path, note: str, **more: Any) -> None:
-    """Put an imported partition in place and record it, with what it stands on now, so that it is not stale the moment it arrives.
+class _Part(NamedTuple):
+    """What an import brings to a partition: `write` fills a file and returns its data version, `shown` is for the partition's page."""
 
-    `write` fills a file and returns its data version. The new file is whole before the old one goes, and comes after the event that speaks of it: a
-    process that dies in between leaves a missing partition, which a run computes and the same import finishes, never a file under another's event.
+    write: Callable[[Path], str]
+    shown: Mapping[str, Any]
+
+
+@dataclass
+class _Arrival:
+    """A file that lies beside its place, ready to take it; the event that speaks of it, and the one that spoke of what was there before."""
+
+    place: Path
+    event: dg.AssetMaterialization
+    before: dg.AssetMaterialization | None
+    recorded: bool = False
+
+    def settle(self, instance: dg.DagsterInstance) -> None:
+        """Take the place: after the event, and with the old file gone before it, so that no file is ever under another's event."""
+        new, old = _beside(self.place)
+        if self.place.is_file():
+            os.replace(self.place, old)
+            storage._sync_folder(self.place.parent)
+        instance.report_runless_asset_event(self.event)
+        self.recorded = True
+        os.replace(new, self.place)
+
+    def put_back(self, instance: dg.DagsterInstance) -> None:
+        """Undo `settle`, however far it came. No event can be taken back: that of before is recorded anew; where this fails the new file stays."""
+        if self.recorded:
+            if self.before is not None:
+                instance.report_runless_asset_event(self.before)
+            self.place.unlink(missing_ok=True)
+        _, old = _beside(self.place)
+        if old.is_file() and (self.before is not None or not self.recorded):
+            os.replace(old, self.place)
+
+
+def _beside(place: Path) -> tuple[Path, Path]:
+    """Where an import keeps a partition's new file before it takes its place, and the old one while it does."""
+    return place.with_name(f".{place.name}.import.tmp"), place.with_name(f".{place.name}.before.tmp")
+
+
+def _place(workspace: Workspace, name: str, parts: Mapping[str, _Part], file: Path, note: str) -> None:
+    """Put imported partitions in place and record them, with what they stand on now, so that they are not stale the moment they arrive.
+
+    All files are written before the first takes its place, and on an exception all is as it was. A process that dies in between leaves at most one
+    missing partition, which a run computes and the same import finishes.
     """
-    path = workspace.path(name, partition)
-    staged = path.with_name(f".{path.name}.import.tmp")
-    version = write(staged)
-    lineage = workspace.lineage()
-    key = workspace.stage.key(name)
-    metadata = {
+    lineage, key = workspace.lineage(), workspace.stage.key(name)
+    told = {
         "imported_from": str(file.resolve()),
         "sha256": storage.file_sha256(file),
         "imported_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "note": note,
-        "path": dg.MetadataValue.path(str(path)),
-        **more,
     }
-    event = lineage.materialisation(key, partition, version, lineage.input_tags(key, partition), metadata, source="imported")
-    path.unlink(missing_ok=True)
-    storage._sync_folder(path.parent)
-    workspace.instance.report_runless_asset_event(event)
-    os.replace(staged, path)
+    arrivals = []
+    with ExitStack() as leftovers:
+        for partition, part in parts.items():
+            place = workspace.path(name, partition)
+            for path in _beside(place):
+                path.unlink(missing_ok=True)  # of an import that was killed
+                leftovers.callback(path.unlink, missing_ok=True)
+            version = part.write(_beside(place)[0])
+            metadata = {**told, "path": dg.MetadataValue.path(str(place)), **part.shown}
+            event = lineage.materialisation(key, partition, version, lineage.input_tags(key, partition), metadata, source="imported")
+            before = lineage.record(key, partition)
+            arrivals.append(_Arrival(place, event, None if before is None else before.event_log_entry.asset_materialization))
+        with ExitStack() as undo:
+            for arrival in arrivals:
+                undo.callback(arrival.put_back, workspace.instance)
+                arrival.settle(workspace.instance)
+            undo.pop_all()
 
 
 def import_vector(workspace: Workspace, file: Path, site: str, epoch: int, note: str = "") -> str:
@@ -210,9 +261,9 @@ def import_vector(workspace: Workspace, file: Path, site: str, epoch: int, note:
         ("original_header", json.dumps(dict(read.provenance))),
     ]
     header = provenance(site, epoch, "imported", details)
+    part = _Part(lambda path: storage.write_tensors(path, {"vector": vector}, header), {"norm": float(np.linalg.norm(vector))})
     with workspace._alone():
-        norm = float(np.linalg.norm(vector))
-        _place(workspace, "steering_vectors", partition, lambda path: storage.write_tensors(path, {"vector": vector}, header), file, note, norm=norm)
+        _place(workspace, "steering_vectors", {partition: part}, file, note)
     name, maker = workspace.study.name, read.provenance.get("model", model.source)
     told = f"{file.name} (norm {np.linalg.norm(vector):.3f}" + (")" if maker == model.source else f"; made for {maker}, used with {model.source})")
     return f"{name}: steering_vectors {partition} is now {told}; `relseek run {name}` computes what follows"
@@ -414,9 +465,11 @@ def _import_cells(rows: _Rows, file: Path, note: str) -> str:
     parts = rows.parts()
     for part in parts.values():
         schema.to_arrow(part, str(file))
-    for partition, part in parts.items():
-        write = partial(storage.write_table, frame=part, schema=schema)
-        _place(workspace, name, partition, write, file, note, **{"dagster/row_count": len(part)})
+    brought = {
+        partition: _Part(partial(storage.write_table, frame=part, schema=schema), {"dagster/row_count": len(part)})
+        for partition, part in parts.items()
+    }
+    _place(workspace, name, brought, file, note)
     study = workspace.study.name
     return f"{study}: {len(rows.rows)} rows are now {len(parts)} partitions of {name}; `relseek run {study}` computes what follows"
 
@@ -535,13 +588,24 @@ def _messages(prompt: Any, where: str) -> list[dict[str, str]]:
 # --- difference -------------------------------------------------------------------------------------------------------
 
 
-def difference(one: Workspace, two: Workspace) -> dict[str, list[dict[str, Any]]]:
-    """Settings, data versions and estimates that differ between two workspaces.
+MADE_BY = {"settings": "other settings", "code": "other code", "source": "another version of the source"}
+STATED, LAST_RUN = "the study's file", "the last run"
 
-    Settings are those that hold, whether a file states them or leaves them as they are. An estimate differs when the two values do; `overlap` says
-    whether their intervals do as well, and is null where there are no two intervals.
+
+def difference(one: Workspace, two: Workspace) -> dict[str, Any]:
+    """Settings, what partitions were made by, data versions and estimates that differ between two workspaces.
+
+    Settings are those that hold, whether a file states them or leaves them as they are; of one study in two stores, whose file is the same, those of
+    the last `relseek run` in each, where it has recorded them: `settings_of` says which. `made_by` names assets that settings, code or sources other
+    than the other's were used for. An estimate differs when the two values do; `overlap` says whether their intervals do as well, and is null where
+    there are no two intervals.
     """
-    first, second = _flat(_settings(one.study)), _flat(_settings(two.study))
+    origins, told = [], []
+    for workspace in (one, two):
+        recorded = workspace.recorded_settings() if one.study.path == two.study.path else None
+        origins.append(STATED if recorded is None else LAST_RUN)
+        told.append(workspace.study.flat_settings if recorded is None else recorded)
+    first, second = told
     settings = [
         {"setting": name, "a": first.get(name), "b": second.get(name)}
         for name in sorted(first.keys() | second.keys())
@@ -553,7 +617,47 @@ def difference(one: Workspace, two: Workspace) -> dict[str, list[dict[str, Any]]
         a, b = found["a"].get((name, partition)), found["b"].get((name, partition))
         if a != b:
             versions.append({"asset": name, "partition": None if partition is None else str(partition), "a": a, "b": b})
-    return {"settings": settings, "versions": versions, "estimates": _estimates(one, two)}
+    return {
+        "settings_of": dict(zip("ab", origins, strict=True)),
+        "settings": settings,
+        "made_by": _made_by(one, two),
+        "versions": versions,
+        "estimates": _estimates(one, two),
+    }
+
+
+def _made_by(one: Workspace, two: Workspace) -> list[dict[str, Any]]:
+    """Assets and sources whose partitions in the two stores are of other settings, other code or, of a source, another version; and of how many.
+
+    What was imported was made by neither.
+    """
+    a, b = (_makers(workspace) for workspace in (one, two))
+    counts: dict[tuple[str, str], int] = {}
+    for node in a:
+        for what in a[node] if node in b else ():
+            if a[node][what] != b[node][what]:
+                counts[node[0], what] = counts.get((node[0], what), 0) + 1
+    return [{"asset": name, "differs": what, "partitions": count} for (name, what), count in counts.items()]
+
+
+def _makers(workspace: Workspace) -> dict[tuple[str, str], dict[str, str | None]]:
+    """(Asset, partition) -> what its latest version was made by, for every one that is recorded."""
+    lineage = workspace.lineage()
+    found: dict[tuple[str, str], dict[str, str | None]] = {}
+    for key in sources.keys(workspace.study):
+        node = workspace.graph.get(key)
+        for partition in node.partitions_def.get_partition_keys() if node.is_partitioned else [None]:
+            if lineage.record(key, partition) is not None:
+                found[key.path[-1], str(partition)] = {"source": lineage.version(key, partition)}
+    for name in workspace.order():
+        key = workspace.stage.key(name)
+        for partition in workspace.partitions(name):
+            record = lineage.record(key, partition)
+            tags = {} if record is None else record.event_log_entry.asset_materialization.tags or {}
+            if CODE_VERSION_TAG in tags and SOURCE_TAG not in tags:
+                code, _, settings = tags[CODE_VERSION_TAG].partition("-")
+                found[name, str(partition)] = {"code": code, "settings": settings}
+    return found
 
 
 class _Compared(NamedTuple):
@@ -615,29 +719,14 @@ def _estimates_of(workspace: Workspace, asset: str) -> pd.DataFrame | None:
     return pd.concat(parts, ignore_index=True)
 
 
-def _settings(value: Any) -> Any:
-    """A validated study as plain values: every setting with the value that holds."""
-    if isinstance(value, BaseModel):
-        fields = type(value).model_fields
-        return {field.alias or name: _settings(getattr(value, name)) for name, field in fields.items() if name != "path"}
-    if isinstance(value, dict):
-        return {str(name): _settings(part) for name, part in value.items()}
-    return [_settings(part) for part in value] if isinstance(value, list | tuple) else to_jsonable_python(value)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {key: item for name, part in value.items() for key, item in _flat(part, f"{prefix}{name}.").items()}
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        named = {str(part.get("name") or number): part for number, part in enumerate(value)}
-        return {key: item for name, part in named.items() for key, item in _flat(part, f"{prefix}{name}.").items()}
-    return {prefix.rstrip("."): value}
-
-
-def difference_text(found: dict[str, list[dict[str, Any]]]) -> str:
+def difference_text(found: dict[str, Any]) -> str:
     """The difference for the terminal."""
-    lines = [f"settings that differ: {len(found['settings'])}"]
+    origins = found["settings_of"]
+    told = f" (A: {origins['a']}, B: {origins['b']})" if LAST_RUN in origins.values() else ""
+    lines = [f"settings that differ: {len(found['settings'])}{told}"]
     lines += [f"  {row['setting']}: {row['a']} -> {row['b']}" for row in found["settings"]]
+    lines.append(f"assets made by other settings, code or sources: {len({row['asset'] for row in found['made_by']})}")
+    lines += [f"  {row['asset']}: {MADE_BY[row['differs']]}, partitions: {row['partitions']}" for row in found["made_by"]]
     lines.append(f"data versions that differ: {len(found['versions'])}")
     by_asset: dict[str, int] = {}
     for row in found["versions"]:

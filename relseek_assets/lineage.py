@@ -7,7 +7,7 @@ it belongs in `planning.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,6 +31,7 @@ from dagster._core.loader import LoadingContext
 
 from relseek_resources.storage import content_version
 
+STATUS = "status"  # metadata of a partition that holds nothing, and why
 SOURCE_TAG = "relseek/source"  # `imported` on partitions that came from a file instead of a run, `deployed` on those that a server recorded
 NO_EVENT = "-1"  # before every event; with Dagster's own word, NULL, the resolver takes an input that arrives later for unchanged
 MOST_IDS_OF_A_QUERY = 500  # SQLite allows 999 variables in a statement
@@ -117,20 +118,37 @@ def version_of(record: Any) -> str | None:
 
 @dataclass(frozen=True)
 class State:
-    """Whether one partition is `missing`, `stale`, `fresh` or `imported`, or `absent`: what it is made from is not here; and why."""
+    """Whether one partition is `missing`, `stale`, `fresh` or `imported`, or `absent`: what it is made from is not here; and why.
+
+    `nothing` is what a partition that holds nothing says of that.
+    """
 
     status: str
     reason: str = ""
     version: str | None = None
+    nothing: str = ""
+
+
+def joined(versions: Sequence[str]) -> str:
+    """One version for those of all the partitions that are read, empty ones left out, since a partition that is not there is not read."""
+    there = [version for version in versions if version]
+    return there[0] if len(there) == 1 else content_version(there) if there else NULL_DATA_VERSION.value
 
 
 class Lineage:
-    """Versions and staleness of a graph's partitions in one instance, as they are at the moment of the first question."""
+    """Versions and staleness of a graph's partitions in one instance, as they are at the moment of the first question.
 
-    def __init__(self, instance: dg.DagsterInstance, graph: Any) -> None:
+    `asked` says whether the study asks for a partition: of what it asked for once, the event log still has events.
+    """
+
+    def __init__(
+        self, instance: dg.DagsterInstance, graph: Any, asked: Callable[[dg.AssetKey, str | None], bool] = lambda key, partition: True
+    ) -> None:
         self.instance = instance
         self.graph = graph
+        self._asked = asked
         self._latest = _LatestRecords(instance, graph)
+        self._parents: dict[tuple[dg.AssetKey, str | None], list[tuple[dg.AssetKey, str | None]]] = {}
 
     @cached_property
     def _resolver(self) -> CachingStaleStatusResolver:
@@ -140,7 +158,16 @@ class Lineage:
         return resolver
 
     def parents(self, key: dg.AssetKey, partition: str | None) -> list[tuple[dg.AssetKey, str | None]]:
-        """Every upstream partition that this one reads."""
+        """Every upstream partition that is mapped onto this one."""
+        if (key, partition) not in self._parents:
+            self._parents[key, partition] = self._mapped(key, partition)
+        return self._parents[key, partition]
+
+    def read(self, key: dg.AssetKey, partition: str | None) -> list[tuple[dg.AssetKey, str | None]]:
+        """The upstream partitions that this one reads: those that are there and that the study asks for."""
+        return [found for found in self.parents(key, partition) if self._asked(*found) and self.record(*found) is not None]
+
+    def _mapped(self, key: dg.AssetKey, partition: str | None) -> list[tuple[dg.AssetKey, str | None]]:
         found: list[tuple[dg.AssetKey, str | None]] = []
         with partition_loading_context(dynamic_partitions_store=self.instance):
             for parent in sorted(self.graph.get(key).parent_keys):
@@ -165,19 +192,49 @@ class Lineage:
         event = None if record is None else record.event_log_entry.asset_materialization
         return event is not None and (event.tags or {}).get(SOURCE_TAG) == "imported"
 
+    def nothing(self, key: dg.AssetKey, partition: str | None) -> str:
+        """What a partition that holds nothing says of that: `absent: FILE`, or a fault; empty where all is well."""
+        record = self.record(key, partition)
+        event = None if record is None else record.event_log_entry.asset_materialization
+        found = event.metadata.get(STATUS) if event else None
+        return "" if found is None else str(found.value)
+
     def state(self, key: dg.AssetKey, partition: str | None) -> State:
-        """Dagster's own verdict on one partition, one hop upstream, with the first reason in words."""
+        """Dagster's own verdict on one partition, one hop upstream, with the first reason in words.
+
+        Dagster looks at the upstream partitions that there are and not at those that there were, so that of those the versions are compared here.
+        """
         status = self._resolver.get_status(key, partition)
         if status == StaleStatus.MISSING or self._resolver.get_current_data_version(key, partition) == NULL_DATA_VERSION:
             return State("missing")
-        version = self.version(key, partition)
+        version, nothing = self.version(key, partition), self.nothing(key, partition)
         if self.imported(key, partition):
-            return State("imported", version=version)
+            return State("imported", version=version, nothing=nothing)
         if status == StaleStatus.FRESH:
-            return State("fresh", version=version)
+            others = self._reads_others(key, partition)
+            return State("stale" if others else "fresh", others, version, nothing)
         cause = self._resolver.get_stale_causes(key, partition)[0]
         what = "" if cause.dependency is None else f" ({'/'.join(cause.dependency.asset_key.path[1:])})"
-        return State("stale", cause.reason + what, version)
+        return State("stale", cause.reason + what, version, nothing)
+
+    def _reads_others(self, key: dg.AssetKey, partition: str | None) -> str:
+        """Of which asset a partition would read others than those that it was made from, in words; empty where of none."""
+        event = self.record(key, partition).event_log_entry.asset_materialization
+        recorded = (event.tags or {}) if event else {}
+        for parent, versions in self._versions(key, partition).items():
+            known = recorded.get(get_input_data_version_tag(parent)) if self.graph.get(parent).is_partitioned else None
+            # once, those that are not there were joined with the others
+            if known is not None and known != joined(versions) and known != content_version(versions):
+                return f"has other upstream partitions ({'/'.join(parent.path[1:])})"
+        return ""
+
+    def _versions(self, key: dg.AssetKey, partition: str | None) -> dict[dg.AssetKey, list[str]]:
+        """Every asset upstream of a partition -> the versions of its partitions, empty where it is not there or not asked for."""
+        found: dict[dg.AssetKey, list[str]] = {}
+        for parent, upstream in self.parents(key, partition):
+            version = self.version(parent, upstream) if self._asked(parent, upstream) else None
+            found.setdefault(parent, []).append(version or "")
+        return found
 
     def input_tags(self, key: dg.AssetKey, partition: str | None) -> dict[str, str]:
         """The version tags of everything that a partition reads, as they are now: call it before reading.
@@ -185,18 +242,14 @@ class Lineage:
         Where several upstream partitions feed one, their versions are hashed together and the newest event is the pointer, which
         is what Dagster compares later events with.
         """
-        read: dict[dg.AssetKey, list[tuple[str, int]]] = {}
+        newest: dict[dg.AssetKey, int] = {}
         for parent, upstream in self.parents(key, partition):
             record = self.record(parent, upstream)
-            version = None if record is None else extract_data_version_from_entry(record.event_log_entry)
-            read.setdefault(parent, []).append((version.value if version else "", record.storage_id if record else 0))
+            newest[parent] = max(newest.get(parent, 0), record.storage_id if record else 0)
         tags = {}
-        for parent, found in read.items():
-            versions = [version for version, _ in found]
-            newest = max(pointer for _, pointer in found)
-            joined = versions[0] if len(versions) == 1 else content_version(versions)
-            tags[get_input_data_version_tag(parent)] = joined or NULL_DATA_VERSION.value
-            tags[get_input_event_pointer_tag(parent)] = str(newest) if newest else NO_EVENT
+        for parent, versions in self._versions(key, partition).items():
+            tags[get_input_data_version_tag(parent)] = joined(versions)
+            tags[get_input_event_pointer_tag(parent)] = str(newest[parent]) if newest[parent] else NO_EVENT
         return tags
 
     def input_versions(self, key: dg.AssetKey, partition: str | None) -> dict[str, str]:

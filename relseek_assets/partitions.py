@@ -232,8 +232,12 @@ class Partitions:
             }
         )
 
-    def exists(self, key: str | None) -> bool:
-        """Whether the study asks for a partition: models may train and evaluate different epochs."""
+    def exists(self, key: str | None, evaluated: bool = False) -> bool:
+        """Whether the study asks for a partition: models may train and evaluate different epochs.
+
+        Args:
+            evaluated: it is one of an asset whose epochs are those evaluated.
+        """
         cell = cell_of(key)
         if cell.site is None or cell.epoch is None:
             return True
@@ -241,4 +245,4 @@ class Partitions:
         if derived is not None:
             return cell.epoch == derived.epoch
         model = self._study.model_of(cell.site)
-        return cell.epoch <= model.epochs_trained if cell.multiplier is None else cell.epoch in model.epochs_evaluated
+        return cell.epoch in model.epochs_evaluated if evaluated or cell.multiplier is not None else cell.epoch <= model.epochs_trained

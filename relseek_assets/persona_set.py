@@ -6,6 +6,7 @@ in `axes/`.
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -117,17 +118,19 @@ class PersonaSet:
         return read_rubric(self.folder / FILES["likeness_rubric"])
 
 
-def persona_folder(name_or_path: str) -> Path:
-    """The folder of a persona set given by name (under `personas/`) or by path.
+def persona_folder(name_or_path: str, beside: Path = Path()) -> Path:
+    """The folder of a persona set given by name (under `personas/`) or by its path from the folder `beside`, where the study's file lies.
 
     Raises:
         PersonaSetError: neither exists.
     """
-    for folder in (PERSONAS / name_or_path, Path(name_or_path)):
-        if (folder / FILES["personas"]).is_file():
-            return folder
-    known = sorted(folder.name for folder in PERSONAS.iterdir() if (folder / FILES["personas"]).is_file())
-    raise PersonaSetError(f"{name_or_path!r} has no folder under {PERSONAS}; there is {', '.join(known)}")
+    folder = Path(os.path.normpath(beside / name_or_path))
+    ships = [] if "/" in name_or_path else [PERSONAS / name_or_path]
+    for found in (*ships, folder):
+        if (found / FILES["personas"]).is_file():
+            return found
+    known = sorted(found.name for found in PERSONAS.iterdir() if (found / FILES["personas"]).is_file())
+    raise PersonaSetError(f"{name_or_path!r} has no folder under {PERSONAS}, and {folder} has no {FILES['personas']}; there is {', '.join(known)}")
 
 
 def read_persona_set(folder: Path) -> PersonaSet:

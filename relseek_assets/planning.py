@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import difflib
 import fcntl
+import json
+import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +27,11 @@ from relseek_assets.bill import Bill
 from relseek_assets.definitions import build_definitions, build_stage
 from relseek_assets.event_log import kept_open
 from relseek_assets.judging import in_flight
-from relseek_assets.lineage import Lineage, State
+from relseek_assets.lineage import STATUS, Lineage, State
 from relseek_assets.partitions import Cell, cell_of, step_order
 from relseek_assets.serving import assets as serving
 from relseek_assets.serving.deployments import told
-from relseek_assets.stage import StageAsset, Store, multi, partition_order
+from relseek_assets.stage import SAID, StageAsset, Store, multi, partition_order
 from relseek_assets.study import Study
 from relseek_resources.processes import collect_seldom
 
@@ -38,7 +41,7 @@ ASKING = ("EndpointError", "BatchError", "OverBudget", "PriceError", "AuthorErro
 EXPLAINED = ("StorageError", "VectorFileError", "GeometryError", "BehaviourError", "PersonaSetError", "ModelError", "TrialFault", *ASKING)
 SHORT = 30.0  # seconds that an asset may be expected to take to share a run with others
 PROCESS_TAG = "relseek/process"  # host:pid:start of the `relseek run` that a run lives in
-SAID = 160  # characters of what a failed check found that a terminal is told
+MOST_OF_A_CHECK = 160  # characters of what a failed check found that a terminal is told
 
 
 class PlanError(ValueError):
@@ -81,7 +84,7 @@ class Workspace:
     def lineage(self) -> Lineage:
         """Versions and waits as they are now."""
         self._awaited: dict[str, Mapping[str | None, str]] = {}
-        return Lineage(self.instance, self.graph)
+        return self.stage.lineage(self.instance)
 
     def asset(self, name: str) -> StageAsset:
         """An asset by name, without the study's prefix.
@@ -121,7 +124,7 @@ class Workspace:
         if found.status != "missing" and not self.path(name, partition).is_file():
             found = State("missing", "its file is gone from the store")
         awaited = self.awaited(name).get(None if partition is None else str(partition)) if found.status in ("missing", "stale") else None
-        return State("waiting", awaited, found.version) if awaited else found
+        return replace(found, status="waiting", reason=awaited) if awaited else found
 
     def awaited(self, name: str) -> Mapping[str | None, str]:
         """Which partitions of an asset somebody outside is at work on, as far as is known here, and what they wait for."""
@@ -176,10 +179,10 @@ class Workspace:
                     return State("absent", states[0].reason)
             held = [found for states in read.values() for found in states if found.status == "waiting"]
             if held and state.status in ("missing", "stale", "fresh"):
-                return State("waiting", held[0].reason, state.version)
+                return replace(state, status="waiting", reason=held[0].reason)
             waiting = [name for name, states in read.items() if {"missing", "stale"} & {found.status for found in states}]
             if state.status == "fresh" and waiting:
-                return State("stale", f"waits for {waiting[0]}", state.version)
+                return replace(state, status="stale", reason=f"waits for {waiting[0]}")
             return state
 
         def visit(node: Node) -> State:
@@ -266,6 +269,21 @@ class Workspace:
         with self._alone(), kept_open(self.instance):
             return self._run(select, say)
 
+    def recorded_settings(self) -> dict[str, Any] | None:
+        """The settings of the last run here, by their dotted names; None where none has recorded them."""
+        return json.loads(self._settings_file.read_text(encoding="utf-8")) if self._settings_file.is_file() else None
+
+    def _record_settings(self) -> None:
+        """Keep them beside the event log, for a comparison with another store. Not by `storage`, whose errors speak of the store's disk."""
+        beside = self._settings_file.with_suffix(".tmp")
+        beside.parent.mkdir(exist_ok=True)
+        beside.write_text(json.dumps(self.study.flat_settings, indent=1), encoding="utf-8")
+        os.replace(beside, self._settings_file)
+
+    @property
+    def _settings_file(self) -> Path:
+        return Path(self.instance.root_directory) / ".settings" / f"{self.study.name}.json"
+
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Hold the study's lock, which dies with the process, so that two runs do not compute the same partitions."""
@@ -285,6 +303,9 @@ class Workspace:
     def _run(self, select: Sequence[str], say: Callable[[str], None]) -> int:
         self.end_dead_runs()
         planned = self.plan(select)
+        read = {key.path[-1] for task in planned for key in self.graph.get(self.stage.key(task.asset.name)).parent_keys}
+        sources.check_seen(self.study, self.instance, read)
+        self._record_settings()
         title = {task.asset.name: f"[{number}/{len(planned)}] {task.asset.name}" for number, task in enumerate(planned, 1)}
         done = 0
         held: dict[Node, str] = {}  # partitions that wait since this run began, and for what
@@ -304,10 +325,16 @@ class Workspace:
                 say(f"{title[name]}: {_count(len(found), 'partition')} ...")
                 wanted[name] = found
             start = time.monotonic()
-            for names, box in self._runs(wanted):
-                for line in self.held_pools(names):
-                    say(line)
-                self._execute(names, box)
+            once, nothing = _Once(say), dict[str, list[str]]()
+            try:
+                for names, box in self._runs(wanted):
+                    for line in self.held_pools(names):
+                        say(line)
+                    self._execute(names, box, once, nothing)
+            finally:
+                for name, reasons in nothing.items():
+                    for line in without_results(reasons):
+                        say(f"{title[name]}: {line}")
             for name in wanted:
                 say(f"{title[name]}: done in {time.monotonic() - start:.1f} s{' with those beside it' if len(wanted) > 1 else ''}")
             done += sum(map(len, wanted.values()))
@@ -366,7 +393,7 @@ class Workspace:
             ready = [partition for partition in unsettled if self._read(lineage, name, partition) <= settled]
             wanted, _ = self._wanted(name, ready, {})
             for box in self._boxes(name, wanted) if wanted else ():
-                self._execute([name], box)
+                self._execute([name], box, _Once(say), {})
             undone, left_out = self._wanted(name, wanted, {})
             if ready:
                 settled |= {(name, partition) for partition in ready} - {(name, partition) for partition in undone} if not left_out else set()
@@ -420,7 +447,8 @@ class Workspace:
             for part in _neighbours(sorted(steps[sites[0]], key=step_order), all_steps):
                 yield [multi(f"{site}|{step}" if step else site) for site in sites for step in part]
 
-    def _execute(self, names: Sequence[str], box: Sequence[str | None]) -> None:
+    def _execute(self, names: Sequence[str], box: Sequence[str | None], say: Callable[[str], None], nothing: dict[str, list[str]]) -> None:
+        """Compute a box of partitions in a Dagster run; what assets warn of goes to `say`, why partitions hold nothing into `nothing`, by asset."""
         keys = {self.stage.key(name) for name in names}
         tags = {}
         if box[0] is not None:
@@ -428,12 +456,16 @@ class Workspace:
         checked = keys.union(*map(self._checked_sources, keys))
         checks = {check for check in self.definitions.resolve_asset_graph().asset_check_keys if check.asset_key in checked}
         job = self.definitions.resolve_implicit_global_asset_job_def().get_subset(asset_selection=keys, asset_check_selection=checks)
-        result = job.execute_in_process(
+        result = job.with_logger_defs({"console": _terminal(say)}).execute_in_process(
             instance=self.instance,
             run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
             tags={**tags, PROCESS_TAG: process_tag()},
             raise_on_error=False,
         )
+        for event in result.get_asset_materialization_events():
+            found = event.step_materialization_data.materialization
+            if STATUS in found.metadata:
+                nothing.setdefault(found.asset_key.path[-1], []).append(str(found.metadata[STATUS].value))
         if not result.success:
             failures = [event for event in result.all_events if event.is_step_failure]
             error = failures[0].step_failure_data.error if failures else None
@@ -456,7 +488,7 @@ class Workspace:
             found = event.get_dagster_event().asset_check_evaluation_data
             if not found.passed:
                 shown = ", ".join(f"{name}: {value.value}" for name, value in found.metadata.items())
-                shown = f"{shown[:SAID]} ..." if len(shown) > SAID else shown
+                shown = f"{shown[:MOST_OF_A_CHECK]} ..." if len(shown) > MOST_OF_A_CHECK else shown
                 where = f" {found.partition}" if found.partition else ""
                 asks = found.description or graph.get_check_spec(key).description or ""
                 lines.append(f"check failed: {key.asset_key.path[-1]}{where} {key.name}: {asks} Found {shown or 'no more about it'}")
@@ -505,6 +537,52 @@ class Workspace:
             for leftover in self.path(next(iter(self.catalogue)), None).parent.parent.rglob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
         return dead
+
+
+class _Once:
+    """Says each line once."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._said: set[str] = set()
+
+    def __call__(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self._say(line)
+
+
+class _Terminal(logging.Handler):
+    """Says what assets warn of for people at a terminal, and nothing else of a run's log."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if line := getattr(record, SAID, ""):
+            self._say(line)
+
+
+def _terminal(say: Callable[[str], None]) -> dg.LoggerDefinition:
+    """In place of Dagster's own console, with the same configuration, so that a run can be started again from the UI."""
+
+    def made(_: dg.InitLoggerContext) -> logging.Logger:
+        logger = logging.Logger("relseek")
+        logger.addHandler(_Terminal(say))
+        return logger
+
+    return dg.LoggerDefinition(made, config_schema={"log_level": str})
+
+
+def without_results(reasons: Sequence[str]) -> list[str]:
+    """Why partitions hold nothing, counted; those that say the same up to the first colon, numbers aside, in one line with the first of them."""
+    kinds: dict[str, list[str]] = {}
+    for reason in reasons:
+        kinds.setdefault(re.sub(r"\d+", "", reason.partition(":")[0]), []).append(reason)
+    return [
+        f"{_count(len(found), 'partition')} without results: {found[0]}{' and the like' if len(set(found)) > 1 else ''}" for found in kinds.values()
+    ]
 
 
 def process_tag() -> str:

@@ -6,7 +6,7 @@ command line looks before it plans.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -360,8 +360,7 @@ def _used(study: Study) -> list[dg.AssetSpec]:
 def changes(study: Study, instance: dg.DagsterInstance) -> list[dg.AssetObservation]:
     """Observations of everything whose version differs from the last one observed.
 
-    Raises:
-        ModelError: a model is not here, the hub cannot be asked, and nothing has been observed of it; otherwise what was observed last stands.
+    Of a model that is not here, while the hub cannot be asked, what was observed last stands; `check_seen` refuses what would read one never seen.
     """
     found = []
     for name, look in readers(study).items():
@@ -374,14 +373,24 @@ def changes(study: Study, instance: dg.DagsterInstance) -> list[dg.AssetObservat
         try:
             seen = look()
         except ModelError:
-            if not any(map(version_of, known.values())):
-                raise
             continue
         for partition, (version, metadata) in seen.items():
             before = version_of(known.get(None if partition is None else str(partition)))
             if version != before and not (before is None and version == ABSENT and name in OPTIONAL):
                 found.append(observation(key, version, metadata, partition))
     return found
+
+
+def check_seen(study: Study, instance: dg.DagsterInstance, names: Iterable[str]) -> None:
+    """Refuse to compute what reads sources (`names`) that could not be looked at yet: once they were, it would be stale.
+
+    Raises:
+        ModelError: a model is not here, and the hub cannot be asked.
+    """
+    looks = readers(study)
+    for name in sorted({"base_models"} & looks.keys() & set(names)):
+        if not latest_by_partition(instance, dg.AssetKey([study.name, name]), True):
+            looks[name]()
 
 
 def observe(study: Study, instance: dg.DagsterInstance) -> list[str]:

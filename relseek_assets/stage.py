@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from relseek_assets import figures, sources
 from relseek_assets.bill import Bill
-from relseek_assets.lineage import ALREADY_RECORDED, Lineage
+from relseek_assets.lineage import ALREADY_RECORDED, STATUS, Lineage
 from relseek_assets.partitions import Partitions, cell_of
 from relseek_assets.study import Study
 from relseek_resources import storage
@@ -31,7 +31,7 @@ from relseek_resources.storage import TableSchema, content_version
 from relseek_resources.stored_vectors import store_folder
 
 TABLE, VECTORS, PAGE = "parquet", "safetensors", "html"
-STATUS = "status"  # metadata of a partition that holds nothing, and why
+SAID = "relseek_said"  # attribute of a log record: the line that a terminal shows of it
 NOTHING: Any = dg.Nothing  # our results pass through files and not through Dagster
 
 Waits = Callable[[Path], Mapping[str | None, str]]  # from the study's folder: partition -> what it waits for
@@ -118,19 +118,15 @@ class Work:
 
     def status(self, asset: str, partition: str | None = None) -> str:
         """What an upstream partition says of itself where it could not be computed: `absent: FILE`, or a fault; empty where all is well."""
-        record = self.lineage.record(self.key(asset), partition)
-        event = None if record is None else record.event_log_entry.asset_materialization
-        found = event.metadata.get(STATUS) if event else None
-        return "" if found is None else str(found.value)
+        return self.lineage.nothing(self.key(asset), partition)
 
     def read_tensors(self, asset: str, partition: str | None = None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         return storage.read_tensors(self.store.path(self.key(asset), partition, VECTORS))
 
     def upstream(self, asset: str, partition: str | None) -> list[str | None]:
         """The partitions of `asset` that `partition` reads and that are there, in the order of site, epoch and dose."""
-        wanted = self.key(asset)
-        found = [key for parent, key in self.lineage.parents(self.context.asset_key, partition) if parent == wanted]
-        return sorted((key for key in found if self.lineage.record(wanted, key) is not None), key=partition_order)
+        found = [key for parent, key in self.lineage.read(self.context.asset_key, partition) if parent == self.key(asset)]
+        return sorted(found, key=partition_order)
 
     def by_vector(self) -> Iterator[tuple[str, int, list[str | None]]]:
         """The wanted partitions grouped by vector: (site, epoch, partitions)."""
@@ -193,6 +189,10 @@ class Work:
         shown = {"path": dg.MetadataValue.path(str(path)), "seconds": round(seconds, 3), "bytes": path.stat().st_size, **metadata}
         plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in shown.items()}  # Dagster wants plain numbers
         return self.lineage.materialisation(self.context.asset_key, partition, version, self._inputs[partition], plain)
+
+    def warn(self, text: str) -> None:
+        """Log a warning that `relseek run` shows in the terminal too, once an asset however many runs it takes."""
+        self.log.warning(text, extra={SAID: f"{self.me.name}: {text}"})
 
     def say_statuses(self) -> None:
         """Log once why partitions hold nothing, and how many."""
@@ -284,6 +284,17 @@ class Stage:
             .asset_graph
         )
 
+    def lineage(self, instance: dg.DagsterInstance) -> Lineage:
+        """Versions and staleness of the study's partitions in an instance."""
+        return Lineage(instance, self.graph, self._asks_for)
+
+    def _asks_for(self, key: dg.AssetKey, partition: str | None) -> bool:
+        if key.path[0] != self.study.name:
+            return True
+        mine = self.catalogue.get(key.path[-1])
+        evaluated = mine is not None and mine.definition.partitions_def is self.partitions.site_by_evaluated_epoch
+        return self.partitions.exists(partition, evaluated)
+
     def asset(
         self,
         *,
@@ -339,7 +350,7 @@ class Stage:
                 metadata=_column_metadata(schema) if isinstance(schema, TableSchema) else {},
             )
             def definition(context: dg.AssetExecutionContext) -> Iterator[Any]:
-                lineage = Lineage(context.instance, self.graph)
+                lineage = self.lineage(context.instance)
                 store = context.resources.store
                 keys: list[str | None] = (
                     sorted(context.partition_keys, key=partition_order) if context.has_partition_key or context.has_partition_key_range else [None]

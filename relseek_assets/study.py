@@ -6,15 +6,17 @@ Here belong the settings, their checks and their defaults. What a setting does b
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import to_jsonable_python
 
-from relseek_assets.behaviour import BehaviourError, read_rubrics
+from relseek_assets.behaviour import FILES, BehaviourError, read_rubrics
 from relseek_assets.persona_attacks import FILE as PERSONA_ATTACKS
 from relseek_assets.persona_attacks import read_persona_attacks
 from relseek_assets.persona_set import PersonaSet, PersonaSetError, persona_folder, read_persona_set
@@ -26,6 +28,7 @@ from relseek_resources.storage import StorageError
 
 STUDIES = Path(__file__).parent / "studies"
 BEHAVIOURS = Path(__file__).parent / "behaviours"
+DEFINITION = FILES["behaviour_definition"]
 KEY = re.compile(r"[A-Za-z0-9_-]+")
 EMBEDDED = "embedded"  # the judge that every steered study has
 MOST_PARTITIONS_OF_A_FAN_IN = 99  # beyond it Dagster reports a fan-in as fresh without looking
@@ -67,6 +70,15 @@ class Model(_Settings):
     epochs_evaluated: tuple[int, ...] = Field(default=(), min_length=1)
     epochs_judged: tuple[int, ...] = Field(default=(), min_length=1, exclude=True)  # by published judges; all evaluated unless named
     width: int | None = Field(default=None, ge=1, exclude=True)  # of the residual stream, for a model that is not here; it changes no result
+
+    @field_validator("source")
+    @classmethod
+    def _from_the_file(cls, source: str, info: ValidationInfo) -> str:
+        """A model's folder is named by its path from the study's file, wherever the command is called; any other source stays what it is."""
+        if info.context is None or Path(source).is_absolute():
+            return source
+        beside = os.path.abspath(info.context["folder"] / source)
+        return beside if source.startswith(("./", "../")) or os.path.isdir(beside) else source
 
     @model_validator(mode="after")
     def _checked(self) -> Model:
@@ -598,10 +610,12 @@ class Study(_Settings):
         beyond = [dose for dose in self.doses.generated if abs(dose) > self.dose_limit]
         if beyond:
             raise ValueError(f"doses.generated: {beyond} lie beyond dose_limit {self.dose_limit:g}; drop them or raise dose_limit")
-        for behaviour in self.behaviours:
-            if not (BEHAVIOURS / behaviour / "behaviour.toml").is_file() and not (Path(behaviour) / "behaviour.toml").is_file():
-                known = sorted(folder.name for folder in BEHAVIOURS.iterdir() if (folder / "behaviour.toml").is_file())
-                raise ValueError(f"behaviours: {behaviour!r} has no folder under {BEHAVIOURS}; there is {', '.join(known)}")
+        if self.behaviours and not (self.behaviour_folder / DEFINITION).is_file():
+            known = sorted(folder.name for folder in BEHAVIOURS.iterdir() if (folder / DEFINITION).is_file())
+            raise ValueError(
+                f"behaviours: {self.behaviour!r} has no folder under {BEHAVIOURS}, and {self.behaviour_folder} has no {DEFINITION}; there is "
+                f"{', '.join(known)}"
+            )
         if len(self.sites) > MOST_PARTITIONS_OF_A_FAN_IN:
             raise ValueError(f"models: {len(self.sites)} sites; a study may have {MOST_PARTITIONS_OF_A_FAN_IN}, so split it into several files")
         if len(self.doses.generated) > MOST_PARTITIONS_OF_A_FAN_IN:
@@ -715,8 +729,15 @@ class Study(_Settings):
         for key, found in self.derived_sites.items():
             if not 1 <= found.epoch <= self.model_of(found.site).epochs_trained:
                 raise ValueError(f"derived: {key} is made from epoch {found.epoch}, which is not trained; correct from.epoch")
-        if len(self.derived_sites) > MOST_PARTITIONS_OF_A_FAN_IN or self.derived_sites.keys() & set(self.sites):
-            raise ValueError(f"derived: {len(self.derived_sites)} vectors; a study may have {MOST_PARTITIONS_OF_A_FAN_IN}, of other names than sites")
+        same = sorted(self.derived_sites.keys() & set(self.sites))
+        if same:
+            raise ValueError(f"derived: {same[0]} is a site already; give the model or the derived vector another name")
+        swept = len(self.sites) + len(self.derived_sites)
+        if swept > MOST_PARTITIONS_OF_A_FAN_IN:  # selection reads both
+            raise ValueError(
+                f"derived: {len(self.derived_sites)} vectors beside {len(self.sites)} sites are {swept}; a study may have "
+                f"{MOST_PARTITIONS_OF_A_FAN_IN}, so name sites in derived.from or split it into several files"
+            )
 
     @property
     def steered(self) -> bool:
@@ -748,7 +769,7 @@ class Study(_Settings):
 
     @property
     def persona_folder(self) -> Path:
-        return persona_folder(self.personas)
+        return persona_folder(self.personas, self.path.parent)
 
     @property
     def behaviour(self) -> str:
@@ -761,8 +782,11 @@ class Study(_Settings):
 
     @property
     def behaviour_folder(self) -> Path:
-        folder = BEHAVIOURS / self.behaviour
-        return folder if folder.is_dir() else Path(self.behaviour)
+        """The one of this name that ships, or the folder at this path from the study's file."""
+        ships = BEHAVIOURS / self.behaviour
+        if "/" not in self.behaviour and (ships / DEFINITION).is_file():
+            return ships
+        return Path(os.path.normpath(self.path.parent / self.behaviour))
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -787,6 +811,11 @@ class Study(_Settings):
                     epoch = next(one.epochs_trained for one in self.models if one.name == model)
                 found[f"{model}-{derived.name}:{layer}"] = DerivedSite(derived, site, epoch)
         return found
+
+    @property
+    def flat_settings(self) -> dict[str, Any]:
+        """Every setting by its dotted name, with the value that holds, stated or not, as JSON has it."""
+        return _flat(_plain(self))
 
     def used(self, name: str) -> Study:
         """Another study whose assets this one reads: the file of that name beside its own, or one that ships."""
@@ -854,13 +883,32 @@ def load_study(name_or_path: str) -> Study:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise StudyError(f"{path}: not valid TOML: {error}") from error
     try:
-        study = Study.model_validate({**content, "path": path})
+        study = Study.model_validate({**content, "path": path}, context={"folder": path.parent})
     except ValidationError as error:
         lines = [f"{path}: {_explain(fault)}" for fault in error.errors()]
         raise StudyError("\n".join(lines)) from error
     if study.name != path.stem:
         raise StudyError(f"{path}: name: the study is called {study.name!r} but its file {path.stem!r}; give both the same name")
     return study
+
+
+def _plain(value: Any) -> Any:
+    """Validated settings as plain values, every setting among them."""
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        return {field.alias or name: _plain(getattr(value, name)) for name, field in fields.items() if name != "path"}
+    if isinstance(value, dict):
+        return {str(name): _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else to_jsonable_python(value)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {key: item for name, part in value.items() for key, item in _flat(part, f"{prefix}{name}.").items()}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        named = {str(part.get("name") or number): part for number, part in enumerate(value)}
+        return {key: item for name, part in named.items() for key, item in _flat(part, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): value}
 
 
 def _explain(fault: Any) -> str:

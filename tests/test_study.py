@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tomllib
 from pathlib import Path
@@ -156,6 +157,55 @@ def test_a_behaviour_may_be_a_folder_of_ones_own(tmp_path: Path) -> None:
     (folder / "behaviour.toml").write_text('name = "thrift"\n')
     study = load_study(str(study_at(tmp_path, VALID.replace("relationship_seeking", str(folder)))))
     assert study.behaviour_folder == folder
+
+
+def model_in(folder: Path, layers: int) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"num_hidden_layers": layers, "hidden_size": 8}))
+    return folder
+
+
+@pytest.mark.parametrize("named", ["./mine", "mine", "../shared/mine", "sub/mine"])
+def test_folders_are_named_from_the_studys_file_wherever_the_command_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    """In the directory that the command is called from, folders of the same names hold something else."""
+    study, elsewhere = tmp_path / "study", tmp_path / "elsewhere" / "deeper"
+    for place in (study, elsewhere):
+        place.mkdir(parents=True)
+    for place, layers in ((study, 16), (elsewhere, 9)):
+        folder = model_in(Path(os.path.normpath(place / named)), layers)
+        (folder / "behaviour.toml").write_text(f"# {layers}")
+        (folder / "personas.toml").write_text(f"# {layers}")
+    monkeypatch.chdir(elsewhere)
+    beside = Path(os.path.normpath(study / named))
+
+    text = VALID.replace('"relationship_seeking"', json.dumps(named)).replace("embedded:smollm2-135m-instruct", named)
+    found = load_study(str(study_at(study, text)))
+    assert found.behaviour_folder == beside
+    assert found.models[0].source == str(beside)
+    fault = fault_of(study_at(study, text.replace("[15, 3]", "[15, 16]")))
+    assert f"{beside} has the blocks 0 to 15" in fault
+
+    fault = fault_of(study_at(study, CONTRASTIVE.replace('"assistant"', json.dumps(named)).replace("embedded:smollm2-135m-instruct", named)))
+    assert f"personas: {beside / 'personas.toml'}" in fault, "that file is looked at, and says nothing of personas"
+
+
+def test_a_name_that_ships_stays_what_ships_and_a_path_that_leads_nowhere_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    for folder in (tmp_path / "relationship_seeking", elsewhere / "mine"):
+        (model_in(folder, 16) / "behaviour.toml").write_text("")
+    monkeypatch.chdir(elsewhere)
+    shipped = load_study(str(study_at(tmp_path, VALID)))
+    assert shipped.behaviour_folder == BEHAVIOURS / "relationship_seeking"
+    assert shipped.models[0].source == "embedded:smollm2-135m-instruct"
+    own = load_study(str(study_at(tmp_path, VALID.replace('"relationship_seeking"', '"./relationship_seeking"'))))
+    assert own.behaviour_folder == tmp_path / "relationship_seeking"
+
+    fault = fault_of(study_at(tmp_path, VALID.replace('"relationship_seeking"', '"./mine"')))
+    assert f"behaviours: './mine' has no folder under {BEHAVIOURS}, and {tmp_path / 'mine'} has no behaviour.toml" in fault
+    assert f"model folder {tmp_path / 'mine'}: no such folder" in fault_of(
+        study_at(tmp_path, VALID.replace("embedded:smollm2-135m-instruct", "./mine"))
+    )
+    assert f"{tmp_path / 'mine'} has no personas.toml" in fault_of(study_at(tmp_path, CONTRASTIVE.replace('"assistant"', '"./mine"')))
 
 
 def test_a_study_cannot_be_changed_once_read() -> None:
@@ -408,6 +458,20 @@ def test_more_sites_than_a_fan_in_can_follow_are_refused(tmp_path: Path) -> None
     models = "".join(SECOND_MODEL.replace("second", f"m{number}").replace("[7]", str(list(range(30)))) for number in range(4))
     fault = fault_of(study_at(tmp_path, VALID + models))
     assert "models: 122 sites; a study may have 99, so split it into several files" in fault
+
+
+def test_more_sites_and_derived_ones_than_a_fan_in_can_follow_are_refused(tmp_path: Path) -> None:
+    """Selection reads the candidates of both."""
+    models = "".join(SECOND_MODEL.replace("second", f"m{number}").replace("[7]", str(list(range(24)))) for number in range(2))
+    (tmp_path / "other.toml").write_text(VALID.replace('name = "trial"', 'name = "other"'))
+    derived = '\n[uses]\nother = ["steering_vectors"]\n\n[[derived]]\nname = "less"\nfrom = { sites = SITES }\nremove = { study = "other" }\n'
+    sites = [f"m{number}:L{layer:02d}" for number in range(2) for layer in range(24)]  # beside the two of `small`
+    fitting = load_study(str(study_at(tmp_path, VALID + models + derived.replace("SITES", str(sites)))))
+    assert (len(fitting.sites), len(fitting.derived_sites)) == (50, 48)
+    fitting = load_study(str(study_at(tmp_path, VALID + models + derived.replace("SITES", str([*sites, "small:L03"])))))
+    assert len(fitting.sites) + len(fitting.derived_sites) == 99
+    fault = fault_of(path := study_at(tmp_path, VALID + models + derived.replace("SITES", "[]")))
+    assert f"{path}: derived: 50 vectors beside 50 sites are 100; a study may have 99, so name sites in derived.from" in fault
 
 
 def test_more_doses_than_a_fan_in_can_follow_are_refused(tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ def _collect(
         allow = in_flight.allowance(work.study, judge, ledger)
         settled = settle(ledger, client, group, wanted, accept, judge.attempts, price=price, allow=allow)
         for warning in settled.warnings:
-            work.log.warning(warning)
+            work.warn(warning)
         if not settled.complete:
             again = f", {settled.resubmitted} of them asked again now" if settled.resubmitted else ""
             work.log.warning(f"{group} left out: {settled.in_flight + settled.resubmitted} requests are in flight{again}")

@@ -559,9 +559,7 @@ def _analysed(stage: Stage, wanted: Prompting) -> None:
         for rubric, judge in sorted(
             set(zip(scores["rubric"], scores["judge"], strict=True)) - set(zip(frame["rubric"], frame["judge"], strict=True))
         ):
-            work.log.warning(
-                f"no slopes of {rubric} by {judge}: it has not rated both the steered model and an author, or all its scores are one number"
-            )
+            work.warn(f"no slopes of {rubric} by {judge}: it has not rated both the steered model and an author, or all its scores are one number")
         drawings = {f"plot_{rubric}": plot(figures.levels(analysis.level_means(scores, frame), rubric)) for rubric in frame["rubric"].unique()}
         yield work.table(None, frame, drawings)
 

@@ -102,6 +102,9 @@ def build(stage: Stage) -> None:
     )
     def generations(work: Work) -> Iterator[dg.AssetMaterialization]:
         items = sweep_items(work).sort_values("conversation")
+        if len(items) < study.prompts.count:
+            short = f" of at most {study.prompts.max_words} words" if study.prompts.max_words else ""
+            work.warn(f"prompts.count asks for {study.prompts.count} held-out prompts; {len(items)}{short} are there, and are used")
         with work.progress(len(work.partitions) * len(items), "reply", "generations") as report:
             for site, epoch, doses in by_vector(work):
                 model = work.resources.models.load(study.model_of(site), work.log)

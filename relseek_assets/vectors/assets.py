@@ -46,6 +46,14 @@ def schedule_of(work: Work, settings: Model) -> Schedule:
     return Schedule(**work.study.training.model_dump(), epochs=settings.epochs_trained)
 
 
+def say_too_few(work: Work, training: int, evaluation: int) -> None:
+    """Warn where fewer pairs were taken than the study asks for."""
+    asked = work.study.pairs
+    for name, wanted, there in (("training", asked.training, training), ("evaluation", asked.evaluation, evaluation)):
+        if there < wanted:
+            work.warn(f"pairs.{name} asks for {wanted} pairs; {there} that fit pairs.max_tokens = {asked.max_tokens} are there, and are used")
+
+
 def trained_here(work: Work, settings: Model, sites: Sequence[str], pairs: pd.DataFrame) -> Trained:
     """Train a model's sites in this process; they share one pass below the steered blocks."""
     from relseek_assets.vectors import bipo, stream_cache  # bring torch, which planning does not need
@@ -64,13 +72,15 @@ def trained_here(work: Work, settings: Model, sites: Sequence[str], pairs: pd.Da
             training = stream_cache.cache_pairs(
                 model, bipo_pairs(work, candidates), layers, count=wanted, max_tokens=limit, scratch=scratch, name="training", report=report
             )
-            left = replace(scratch, budget=budget - training.bytes)
+        left, evaluated = replace(scratch, budget=budget - training.bytes), study.pairs.evaluation
+        with work.progress(evaluated or len(held), "pair", "held-out reference pass") as report:
             heldout = stream_cache.cache_pairs(
-                model, bipo_pairs(work, held), layers, count=study.pairs.evaluation, max_tokens=limit, scratch=left, name="heldout"
+                model, bipo_pairs(work, held), layers, count=evaluated, max_tokens=limit, scratch=left, name="heldout", report=report
             )
         for what, found in (("training", training), ("held-out", heldout)):
             if found.tokens.alike:
-                work.log.warning(f"{found.tokens.alike} {what} pairs are left out, because their two replies are the same")
+                work.warn(f"{found.tokens.alike} {what} pairs are left out, because their two replies are the same")
+        say_too_few(work, len(training.names), len(heldout.names))
         schedule = schedule_of(work, settings)
         for site, layer in zip(sites, layers, strict=True):
             total = schedule.epochs * (len(training.names) + 2 * len(heldout.names))
@@ -105,7 +115,9 @@ def trained_by_launcher(work: Work, settings: Model, sites: Sequence[str], pairs
     request.write(bipo_pairs(work, training_pairs(pairs, study.seed)), bipo_pairs(work, heldout_pairs(pairs, study.seed)))
     reported = work.resources.launcher.run(work.context, launched.MODULE, request.path, study.compute.processes)
     for site, layer in zip(sites, layers, strict=True):
-        yield site, launched.read_result(request.result(layer)), reported
+        result = launched.read_result(request.result(layer))
+        say_too_few(work, result.pairs, result.run.evaluations[0].pairs)
+        yield site, result, reported
         request.remove(layer)
 
 

@@ -87,11 +87,22 @@ def test_a_calibrated_forecast_lies_on_the_diagonal() -> None:
     assert ((curve["lower"] - 0.01 < curve["predicted"]) & (curve["predicted"] < curve["upper"] + 0.01)).all()
 
 
-def test_a_proportion_comes_with_its_interval_and_n() -> None:
-    row = tables.proportion("judge", "pair_accuracy", "held-out pairs", np.array([True] * 19 + [False]))
+def test_a_proportion_comes_with_its_interval_over_conversations_and_n() -> None:
+    right = np.array([True] * 19 + [False])
+    row = tables.proportion("judge", "pair_accuracy", "held-out pairs", right, [f"c{number}" for number in range(20)])
     expected = stats.binomtest(19, 20).proportion_ci(0.95, method="wilson")
-    assert (row["value"], row["n"], row["status"]) == (0.95, 20, "measured")
+    assert (row["value"], row["n"], row["status"]) == (0.95, 20, "measured; interval over 20 conversations")
     assert (row["lower"], row["upper"]) == pytest.approx((expected.low, expected.high))
+
+
+def test_pairs_of_one_conversation_make_no_interval_narrower() -> None:
+    """Each conversation four times over, its pairs all right or all wrong together, says no more than each once."""
+    conversations = [f"c{number}" for number in range(20)]
+    for right in (np.arange(20) > 0, np.ones(20, bool)):
+        once = tables.proportion("judge", "pair_accuracy", "held-out pairs", right, conversations)
+        often = tables.proportion("judge", "pair_accuracy", "held-out pairs", np.repeat(right, 4), np.repeat(conversations, 4).tolist())
+        assert often["n"] == 4 * once["n"]
+        assert [often[name] for name in ("value", "lower", "upper")] == pytest.approx([once[name] for name in ("value", "lower", "upper")])
 
 
 def test_what_was_absent_is_a_row_without_a_value() -> None:

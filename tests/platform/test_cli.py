@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import click
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 
 from relseek_assets.cli import main
 from relseek_assets.definitions import build_stage
+from relseek_assets.planning import without_results
 from relseek_assets.study import load_study, study_names
 
 
@@ -119,7 +121,7 @@ def test_a_selection_plans_what_it_needs_and_no_more(blank: Any) -> None:
 
 def test_status_as_json_has_a_row_for_every_partition(finished: Any) -> None:
     rows = json.loads(finished.command("status", "STUDY", "--format", "json").output)
-    assert set(rows[0]) == {"asset", "partition", "status", "reason", "version"}
+    assert set(rows[0]) == {"asset", "partition", "status", "reason", "version", "without_results"}
     assert {row["status"] for row in rows} == {"fresh"}
     generations = [row["partition"] for row in rows if row["asset"] == "generations"]
     assert len(generations) == len(set(generations)) == 12
@@ -135,6 +137,76 @@ def test_status_in_words_counts_by_asset_and_lists_partitions_when_asked(finishe
     assert counts["selection"] == ["1", "0", "0", "0", "0"]
     assert counts["report"] == ["0", "1", "0", "0", "0"]
     assert "m:L02|e03@1_0" in finished.command("status", "STUDY", "--partitions").output
+
+
+NOTHING_TO_COMPARE = "without results: one judge a rubric: nothing to compare"
+
+
+def test_partitions_without_results_are_said_by_run_once_an_asset_and_by_status(finished: Any) -> None:
+    for partition in ("m:L01/e02", "m:L02/e03"):  # two ranges of partitions, and so two Dagster runs
+        (finished.files / "judge_agreement" / f"{partition}.parquet").unlink()
+    done = finished.command("run", "STUDY", "--select", "judge_agreement")
+    assert done.exit_code == 0, done.output
+    said = [line for line in done.output.splitlines() if "without results" in line]
+    assert said == [f"[1/1] judge_agreement: 2 partitions {NOTHING_TO_COMPARE}"]
+
+    counted = finished.command("status", "STUDY").output.splitlines()
+    place = next(number for number, line in enumerate(counted) if line.startswith("judge_agreement "))
+    assert counted[place + 1] == f"    4 partitions {NOTHING_TO_COMPARE}"
+    listed = finished.command("status", "STUDY", "-p").output
+    assert sum(NOTHING_TO_COMPARE in line and line.split()[1] == "fresh" for line in listed.splitlines()) >= 4
+    assert f"4 partitions {NOTHING_TO_COMPARE}" not in listed
+    rows = json.loads(finished.command("status", "STUDY", "--format", "json").output)
+    assert {row["without_results"] for row in rows if row["asset"] == "judge_agreement"} == {"one judge a rubric: nothing to compare"}
+    assert {row["without_results"] for row in rows if row["asset"] == "judge_scores"} == {""}
+
+
+def test_reasons_that_are_alike_are_counted_in_one_line() -> None:
+    absent = [f"absent: no rating in the files of m:L01, epoch {epoch}" for epoch in (1, 2, 3)]
+    faults = ["layer 3 has 2 personas", "layer 12 has 2 personas"]
+    assert without_results([absent[0], faults[0], *absent[1:], faults[1], "no scores"]) == [
+        f"3 partitions without results: {absent[0]} and the like",
+        f"2 partitions without results: {faults[0]} and the like",
+        "1 partition without results: no scores",
+    ]
+
+
+def test_counts_beyond_what_there_is_are_said_once_and_what_there_is_is_used(judged: Any) -> None:
+    for name, few, many in (("training", 12, 4000), ("evaluation", 4, 400), ("count", 4, 400)):
+        judged.edit(f"{name} = {few}\n", f"{name} = {many}\n")
+
+    def said() -> list[str]:
+        done = judged.command("run", "STUDY", "--select", "generations")
+        assert done.exit_code == 0, done.output
+        return [line for line in done.stdout.splitlines() if " asks for " in line]
+
+    training, evaluation, prompts = said()
+    pairs = pd.read_parquet(judged.files / "preference_pairs" / "all.parquet")
+    for line, name, asked, split in ((training, "training", 4000, "train"), (evaluation, "evaluation", 400, "heldout")):
+        assert line.startswith(f"training_run: pairs.{name} asks for {asked} pairs; ")
+        assert "that fit pairs.max_tokens = 150 are there, and are used" in line
+        assert 0 < int(line.split("; ")[1].split()[0]) <= (pairs["split"] == split).sum()
+    replies = pd.read_parquet(judged.files / "generations" / "m:L01" / "e02@0_0.parquet")
+    assert prompts == f"generations: prompts.count asks for 400 held-out prompts; {len(replies)} of at most 60 words are there, and are used"
+    for partition in ("m:L01/e02@0_0", "m:L02/e03@1_0"):  # two ranges of partitions, and so two Dagster runs
+        (judged.files / "generations" / f"{partition}.parquet").unlink()
+    assert said() == [prompts]
+
+
+def test_a_table_says_on_stderr_what_of_it_is_missing_or_stale_and_nothing_of_one_that_is_whole(finished: Any) -> None:
+    whole = finished.command("table", "STUDY", "generations")
+    assert whole.stderr == ""
+    finished.edit("learning_rate = 0.01", "learning_rate = 0.02")
+    stale = finished.command("table", "STUDY", "generations")
+    by = f"`relseek run {finished.study_file} --select generations` computes"
+    assert stale.stdout == whole.stdout
+    assert stale.stderr == f"generations: 12 of 12 partitions stale; {by} them\n"
+    (finished.files / "generations" / "m:L01" / "e02@0_0.parquet").unlink()
+    partial = finished.command("table", "STUDY", "generations")
+    assert partial.stderr == f"generations: 1 of 12 partitions missing, 11 stale; {by} them\n"
+    assert len(partial.stdout) < len(whole.stdout)
+    one = finished.command("table", "STUDY", "generations", "-p", "m:L02|e03@1_0")
+    assert one.stderr == f"generations: 1 of 1 partitions stale; {by} it\n"
 
 
 def test_the_report_is_one_page_that_needs_nothing_from_outside(finished: Any) -> None:

@@ -6,6 +6,8 @@ import csv
 import hashlib
 import io
 import json
+import shutil
+import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from relseek_assets.exchange import import_generations
 from relseek_assets.sweeps.assets import answered_items
 from relseek_resources.storage import StorageError
 
@@ -370,6 +373,59 @@ def test_nothing_is_brought_in_while_the_study_is_being_run(finished: Any, tmp_p
             assert "study tiny is being run by process" in done.output
 
 
+def event_log_full(*_: object) -> None:
+    raise sqlite3.OperationalError("database or disk is full")
+
+
+def test_an_import_whose_second_event_fails_leaves_everything_as_it_was(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three partitions one was imported before, one was computed, and one was computed and its file is gone."""
+    item = items_of(finished)[0]
+    doses = {"an earlier import": -1, "computed": 0, "gone": 1}
+    row = {**GENERATION, "item": item}
+    bring(finished, "generations", "STUDY", jsonl(tmp_path / "earlier.jsonl", [{**row, "multiplier": -1, "reply": "Earlier."}]))
+    (finished.files / "generations" / "m:L01" / "e03@1_0.parquet").unlink()
+    file = jsonl(tmp_path / "replies.jsonl", [{**row, "multiplier": dose} for dose in doses.values()])
+    before, stored = states(finished), finished.stored()
+    for failing in (1, 2, 3):
+        with finished.workspace() as workspace, monkeypatch.context() as patched:
+            report, seen = workspace.instance.report_runless_asset_event, []
+
+            def fails(event: Any, report: Any = report, seen: list[Any] = seen, failing: int = failing) -> None:
+                seen.append(event)
+                (event_log_full if len(seen) == failing else report)(event)
+
+            patched.setattr(workspace.instance, "report_runless_asset_event", fails)
+            with pytest.raises(sqlite3.OperationalError, match="disk is full"):
+                import_generations(workspace, file)
+        assert states(finished) == before
+        assert finished.stored() == stored, "temporary files included"
+    assert before["generations", "m:L01|e03@-1_0"] == "imported" and before["generations", CELL] == "missing"
+    bring(finished, "generations", "STUDY", file)
+    assert {states(finished)["generations", f"m:L01|e03@{dose}"] for dose in ("-1_0", "0_0", "1_0")} == {"imported"}
+
+
+def test_an_import_that_can_be_neither_recorded_nor_taken_back_leaves_files_under_their_own_events(
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event log takes one event and no more: that one's file stays, because a file of before would be under its event."""
+    item = items_of(finished)[0]
+    file = jsonl(tmp_path / "replies.jsonl", [{**GENERATION, "item": item, "multiplier": dose} for dose in (-1, 0, 1)])
+    with finished.workspace() as workspace, monkeypatch.context() as patched:
+        report, seen = workspace.instance.report_runless_asset_event, []
+
+        def fails(event: Any) -> None:
+            seen.append(event)
+            (report if len(seen) == 1 else event_log_full)(event)
+
+        patched.setattr(workspace.instance, "report_runless_asset_event", fails)
+        with pytest.raises(sqlite3.OperationalError, match="disk is full"):
+            import_generations(workspace, file)
+    found = states(finished)
+    assert [found["generations", f"m:L01|e03@{dose}"] for dose in ("-1_0", "0_0", "1_0")] == ["imported", "fresh", "fresh"]
+    assert {row["source"] for row in rows_of(finished, "generations", "--partition", "m:L01|e03@-1_0")} == {"imported"}
+    assert not [name for name in finished.stored() if name.endswith(".tmp")]
+
+
 def test_replies_cannot_come_before_the_prompts_are_known(blank: Any, tmp_path: Path) -> None:
     file = tmp_path / "replies.jsonl"
     file.write_text(json.dumps({**GENERATION, "item": "rsa-003"}) + "\n")
@@ -458,7 +514,9 @@ def test_the_difference_of_two_stores_names_versions_and_estimates_with_interval
     shown = finished_session.command("diff", study, study, "--store-b", finished.home, "--format", "json")
     assert shown.exit_code == 0, shown.output
     found = json.loads(shown.output)
-    assert found["settings"] == []
+    assert found["settings_of"] == {"a": "the last run", "b": "the last run"}
+    assert [row["setting"] for row in found["settings"]] == ["behaviours"], "it was copied to another folder, and run there"
+    assert found["made_by"] == [], "by the same settings and code; what was imported was made by neither"
     assert {row["asset"] for row in found["versions"]} == {"judge_scores", "dose_response"}
     assert [row["partition"] for row in found["versions"] if row["asset"] == "judge_scores"] == [CELL]
     assert all(row["a"] != row["b"] for row in found["versions"])
@@ -468,7 +526,8 @@ def test_the_difference_of_two_stores_names_versions_and_estimates_with_interval
     assert {(row["site"], row["epoch"], row["multiplier"]) for row in found["estimates"]} == {("m:L01", 3, 1.0)}
 
     text = finished_session.command("diff", study, study, "--store-b", finished.home).output
-    assert "settings that differ: 0" in text
+    assert "settings that differ: 1 (A: the last run, B: the last run)" in text
+    assert "assets made by other settings, code or sources: 0" in text
     assert "judge_scores: 1 partition" in text
     assert f"relationship by two raters: 8.75 [{new['lower_b']:.2f}, {new['upper_b']:.2f}] n={len(items)}, only in B" in text
     assert ", only in A" in text and "intervals apart" not in text, "what is in one alone is apart from nothing"
@@ -502,7 +561,33 @@ def test_the_difference_names_figures_of_selection_and_of_the_judge(finished_ses
 
 def test_a_study_differs_in_nothing_from_itself(finished_session: Any) -> None:
     found = json.loads(finished_session.command("diff", "STUDY", "STUDY", "--format", "json").output)
-    assert found == {"settings": [], "versions": [], "estimates": []}
+    assert found == {"settings_of": dict.fromkeys("ab", "the last run"), "settings": [], "made_by": [], "versions": [], "estimates": []}
+
+
+def test_the_difference_of_two_stores_of_one_study_names_the_settings_that_each_was_run_with(finished_session: Any, finished: Any) -> None:
+    """The file that is given is the same for both; the other store was computed when it said otherwise."""
+    finished.edit("learning_rate = 0.01", "learning_rate = 0.02")
+    finished.edit('device = "cpu"', 'device = "cpu"\ndtype = "bfloat16"')
+    done = finished.command("run", "STUDY", "--select", "conversation_lengths", "--select", "vector_summary")
+    assert done.exit_code == 0, done.output
+    study = finished_session.study_file
+    shown = finished_session.command("diff", study, study, "--store-b", finished.home, "--format", "json")
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(shown.output)
+    settings = {row["setting"]: (row["a"], row["b"]) for row in found["settings"]}
+    assert settings.pop("behaviours") == ([str(finished_session.behaviour)], [str(finished.behaviour)])
+    assert settings == {"training.learning_rate": (0.01, 0.02), "models.m.dtype": ("float32", "bfloat16")}
+    made_by = {(row["asset"], row["differs"]): row["partitions"] for row in found["made_by"]}
+    assert made_by == {("training_run", "settings"): 2, ("base_models", "source"): 2}
+    text = finished_session.command("diff", study, study, "--store-b", finished.home).output
+    assert "training.learning_rate: 0.01 -> 0.02" in text
+    assert "training_run: other settings, partitions: 2" in text
+    assert "base_models: another version of the source, partitions: 2" in text
+
+    shutil.rmtree(finished.home / ".settings")  # computed from the UI, or before settings were recorded
+    found = json.loads(finished_session.command("diff", study, study, "--store-b", finished.home, "--format", "json").output)
+    assert found["settings_of"] == {"a": "the last run", "b": "the study's file"}
+    assert "training_run" in {row["asset"] for row in found["made_by"]}
 
 
 def test_the_difference_of_two_studies_names_their_settings(finished: Any) -> None:
@@ -525,7 +610,12 @@ def test_a_setting_that_is_stated_as_it_is_unless_stated_is_no_difference(finish
     assert differing == {"name": ("tiny", "other"), "prompts.system": ("You are a conversational assistant.", "Be brief.")}
 
 
-def test_a_store_to_compare_with_must_be_a_dagster_home(finished_session: Any, tmp_path: Path) -> None:
-    shown = finished_session.command("diff", "STUDY", "STUDY", "--store-b", tmp_path)
-    assert shown.exit_code == 1
-    assert "no dagster.yaml" in shown.output
+def test_a_store_to_compare_with_must_be_a_dagster_home_with_the_study_in_its_store(finished_session: Any, blank: Any, tmp_path: Path) -> None:
+    def refusal(folder: Path) -> str:
+        shown = finished_session.command("diff", "STUDY", "STUDY", "--store-b", folder)
+        assert shown.exit_code == 1
+        return " ".join(shown.output.split())
+
+    assert "no dagster.yaml" in refusal(tmp_path)
+    assert "wants a Dagster home with its store in it" in refusal(finished_session.home / "store")
+    assert f"tiny has no files under {blank.home / 'store'}" in refusal(blank.home)

@@ -49,7 +49,7 @@ def test_a_study_without_language_judges_has_the_graph_and_the_versions_that_it_
     versions = {name: next(iter(asset.definition.code_versions_by_key.values())) for name, asset in stage.catalogue.items()}
     assert versions["judge_scores"] == f"1-{content_version(['embedded'])}"
     assert versions["judge_pairs"] == f"1-{content_version([study.paired_doses])}"
-    assert versions["candidate_items"] == f"1-{content_version([study.selection_doses])}"
+    assert versions["candidate_items"] == f"2-{content_version([study.selection_doses])}"
     assert "raw" not in stage.catalogue["judge_scores"].schema.names  # type: ignore[union-attr]
 
 
@@ -125,6 +125,23 @@ def test_a_run_sends_leaves_out_what_is_in_flight_and_a_later_one_collects_it(fi
 
     assert "everything is fresh" in finished.command("run", "STUDY", *SELECT).output
     rubric_makes_exactly_what_follows_stale(finished, server)
+
+
+def test_a_report_that_waits_for_answers_says_for_what_instead_of_where_it_is(finished: Any, server: BatchServer) -> None:
+    with_judge(finished, server.base_url)
+    stored, copied = finished.files / "report" / "all.html", finished.folder / "page.html"
+    page = stored.read_bytes()
+    stored.unlink()
+    shown = finished.command("report", "STUDY", "-o", copied)
+    assert shown.exit_code == 1 and isinstance(shown.exception, SystemExit)
+    assert "there is no report yet: waiting, waits for batch batch_" in shown.output
+    assert not any(line.startswith("report: ") for line in shown.output.splitlines()) and not copied.exists()
+
+    stored.write_bytes(page)
+    earlier = finished.command("report", "STUDY", "-o", copied)
+    assert earlier.exit_code == 0, earlier.output
+    assert "report: the page is an earlier one, because it is waiting: waits for batch batch_" in earlier.output
+    assert copied.read_bytes() == page
 
 
 def rubric_makes_exactly_what_follows_stale(platform: Any, server: BatchServer) -> None:

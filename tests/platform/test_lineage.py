@@ -8,10 +8,14 @@ from typing import Any
 
 import dagster as dg
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from dagster._core.storage.tags import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
 from safetensors.numpy import load_file
+
+from relseek_assets import sources
+from relseek_resources.models.loading import ModelError
 
 FROM_THE_PAIRS = {"pair_strengths", "pair_slopes", "judge_biases"}
 FROM_THE_SCORES = FROM_THE_PAIRS | {
@@ -170,6 +174,99 @@ def test_a_training_setting_makes_the_vectors_and_what_follows_stale_but_no_judg
     assert "code version" in verdict.reason.lower()
 
 
+OF_ALL_SITES = {"vector_summary", "vector_geometry", "coherence_calibration", "study_agreement", "selection", "selection_sensitivity", "report"}
+
+
+def stored_column(platform: Any, name: str, column: str) -> set[Any]:
+    """The values of a column in a table of one partition, as it lies in the store."""
+    return set(pd.read_parquet(platform.files / name / "all.parquet")[column])
+
+
+def test_a_layer_that_is_removed_or_put_back_makes_what_reads_all_sites_stale_and_nothing_else(finished: Any) -> None:
+    removed = ("layers = [1, 2]", "layers = [1]")
+    finished.edit(*removed)
+    with finished.workspace() as workspace:
+        assert only_stale(workspace) == OF_ALL_SITES
+        assert workspace.states()["selection", None].reason == "has other upstream partitions (site_candidates)"
+        workspace.run()
+        assert only_stale(workspace) == set()
+    assert stored_column(finished, "selection", "site") == stored_column(finished, "vector_summary", "site") == {"m:L01"}
+    assert "m:L02" not in (finished.files / "report" / "all.html").read_text()
+
+    finished.edit(*reversed(removed))
+    with finished.workspace() as workspace:
+        assert only_stale(workspace) == OF_ALL_SITES, "its partitions are older than what was made without them"
+        before = event_ids(workspace)
+        workspace.run()
+        assert only_stale(workspace) == set()
+        assert moved(before, event_ids(workspace)) <= OF_ALL_SITES, "nothing of the layer is computed again"
+    assert stored_column(finished, "selection", "site") == stored_column(finished, "vector_summary", "site") == {"m:L01", "m:L02"}
+
+
+def test_a_dose_that_is_removed_or_put_back_makes_what_reads_all_doses_stale(finished: Any) -> None:
+    removed = ("generated = [-1.0, 0.0, 1.0]", "generated = [0.0, 1.0]")
+
+    def doses() -> set[float]:
+        return set(pd.concat([pd.read_parquet(path) for path in (finished.files / "dose_response").rglob("*.parquet")])["multiplier"])
+
+    for edit, expected in ((removed, {0.0, 1.0}), (removed[::-1], {-1.0, 0.0, 1.0})):
+        finished.edit(*edit)
+        with finished.workspace() as workspace:
+            states = workspace.states()
+            stale = {name for (name, _), state in states.items() if state.status == "stale"}
+            assert {"dose_response", "sweep_summary", "report"} <= stale
+            assert not stale & {"steering_vectors", "generations", "generation_metrics", "judge_scores"}
+            reasons = {state.reason for (name, _), state in states.items() if name in ("dose_response", "sweep_summary")}
+            assert reasons == {"has other upstream partitions (judge_scores)", "has other upstream partitions (generation_metrics)"}
+            workspace.run(["dose_response", "sweep_summary"])
+            assert {state.status for state in workspace.states(["dose_response", "sweep_summary"]).values()} == {"fresh"}
+        assert doses() == expected
+
+
+SECOND_MODEL = """
+[[models]]
+name = "n"
+source = {source}
+device = "cpu"
+layers = [1]
+epochs_trained = {trained}
+epochs_evaluated = {evaluated}
+"""
+
+
+def test_of_models_with_other_epochs_what_is_asked_for_counts_and_not_what_was(blank: Any) -> None:
+    """Partitions have the epochs of all models, of which a model of fewer has not all; events of what it had once stay in the log."""
+    text = blank.study_text()
+    source = json.dumps(str(blank.model))
+
+    def with_second(trained: int, evaluated: list[int]) -> None:
+        blank.study_file.write_text(text + SECOND_MODEL.format(source=source, trained=trained, evaluated=evaluated))
+
+    def record(workspace: Any, name: str) -> None:
+        key = workspace.stage.key(name)
+        for partition in workspace.partitions(name):
+            lineage = workspace.lineage()
+            inputs = lineage.input_tags(key, partition)
+            workspace.instance.report_runless_asset_event(lineage.materialisation(key, partition, f"version of {partition}", inputs, {}))
+
+    def status(workspace: Any, name: str) -> dict[str, str]:
+        lineage = workspace.lineage()
+        return {str(partition): lineage.state(workspace.stage.key(name), partition).status for partition in workspace.partitions(name)}
+
+    with_second(3, [2, 3])
+    with blank.workspace() as workspace:
+        for name in ("steering_vectors", "candidate_items", "site_vector_summary", "site_candidates"):
+            record(workspace, name)
+        assert set(status(workspace, "site_candidates").values()) == {"fresh"}
+    with_second(3, [2])
+    with blank.workspace() as workspace:
+        assert status(workspace, "site_candidates") == {"m:L01": "fresh", "m:L02": "fresh", "n:L01": "stale"}
+    with_second(5, [2, 3])
+    with blank.workspace() as workspace:
+        found = status(workspace, "site_vector_summary")
+        assert {found["m:L01"], found["m:L02"]} == {"fresh"}, "a model that is trained for longer is another's affair"
+
+
 def test_every_partition_has_a_version_of_its_own_and_says_what_it_came_from(finished: Any) -> None:
     with finished.workspace() as workspace:
         found = events(workspace)
@@ -280,3 +377,24 @@ def test_a_run_started_from_the_ui_over_several_assets_records_versions_and_skip
             assert read["dagster/input_data_version/tiny/generations"] == tags(made)["dagster/data_version"]
         states = workspace.states(["judge_scores"])
         assert {states[name, partition].status for name in names for partition in inside} == {"fresh"}
+
+
+def unreachable(source: str) -> str:
+    raise ModelError(f"model {source} is not in the local cache")
+
+
+def test_a_model_that_cannot_be_looked_at_is_what_it_was_when_it_was_seen_last(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "fingerprint", unreachable)
+    with finished.workspace() as workspace:
+        assert workspace.observe() == []
+        assert {state.status for (name, _), state in workspace.states().items() if name != "served_models"} == {"fresh"}
+
+
+def test_nothing_is_computed_with_a_model_that_was_never_seen(blank: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "fingerprint", unreachable)
+    with blank.workspace() as workspace:
+        workspace.observe()
+        assert workspace.run(["conversation_lengths"]), "which reads no model"
+        with pytest.raises(ModelError, match="not in the local cache"):
+            workspace.run(["training_run"])
+        assert {state.status for (name, _), state in workspace.states().items() if name == "training_run"} == {"missing"}

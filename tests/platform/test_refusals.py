@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
 import resource
 import shutil
+import sqlite3
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +18,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sqlalchemy
 from safetensors.numpy import save_file
 
+from relseek_assets.commands import disk_fault
 from relseek_assets.exchange import read_asset
 from relseek_assets.study import StudyError, load_study
 from relseek_assets.sweeps.assets import sweep_items
@@ -297,6 +301,117 @@ def test_a_file_size_limit_leaves_the_partition_as_it_was(finished: Any, tmp_pat
     short = tmp_path / "short.jsonl"
     short.write_text(json.dumps({**row, "reply": "Short."}) + "\n")
     assert finished.command("import", "generations", "STUDY", short).exit_code == 0
+
+
+def test_an_import_that_the_disk_takes_half_of_changes_nothing(finished: Any, tmp_path: Path) -> None:
+    """Of three partitions the second is above the limit on file size; the first was imported before."""
+    with finished.workspace() as workspace:
+        item = sorted(read_asset(workspace, "generations")["item"])[0]
+    row = {"site": "m:L01", "epoch": 2, "item": item}
+    earlier, file = tmp_path / "earlier.jsonl", tmp_path / "replies.jsonl"
+    earlier.write_text(json.dumps({**row, "multiplier": -1.0, "reply": "Earlier."}) + "\n")
+    assert finished.command("import", "generations", "STUDY", earlier).exit_code == 0
+    replies = {-1.0: "Short.", 0.0: random.Random(0).randbytes(12_000_000).hex(), 1.0: "Short too."}
+    file.write_text("".join(json.dumps({**row, "multiplier": dose, "reply": reply}) + "\n" for dose, reply in replies.items()))
+    limit = 8_000_000
+    with finished.untouched():
+        done = finished.process("import", "generations", "STUDY", file, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "e02@0_0.parquet" in done.stderr and "File too large" in done.stderr
+    with finished.workspace() as workspace:
+        assert list(read_asset(workspace, "generations", ["m:L01|e02@-1_0"])["reply"]) == ["Earlier."]
+    assert finished.command("import", "generations", "STUDY", file).exit_code == 0
+
+
+# --- disks under Dagster's home ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home_on_small_disk(finished: Any) -> Iterator[Any]:
+    """A finished study whose Dagster home is a disk of 32 MB, its store elsewhere, and of which two tables are gone."""
+    store, aside = finished.folder / "store", finished.folder / "aside"
+    (finished.home / "store").rename(store)
+    finished.home.rename(aside)
+    with small_disk(finished.home, 32):
+        shutil.copytree(aside, finished.home, dirs_exist_ok=True)
+        (finished.home / "store").symlink_to(store)
+        yield finished
+
+
+def without_tables(platform: Any) -> dict[str, str]:
+    """Take two tables of the store away, and return what there was."""
+    whole = platform.stored()
+    for name in ("selection", "vector_summary"):
+        (platform.files / name / "all.parquet").unlink()
+    return whole
+
+
+@pytest.mark.parametrize("kilobytes", [0, 50, 300])
+def test_a_full_disk_under_dagsters_home_ends_the_run_with_a_message(home_on_small_disk: Any, kilobytes: int) -> None:
+    """Full from the first byte on, or as the run goes on."""
+    home = home_on_small_disk.home
+    whole = without_tables(home_on_small_disk)
+    filler = home / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as stream:
+        while stream.write(bytes(4096)):
+            pass
+    os.truncate(filler, filler.stat().st_size - 1024 * kilobytes)
+    message = refused(home_on_small_disk, "run", "STUDY")
+    assert f"DAGSTER_HOME {home}" in message
+    assert "free some space on its disk" in message
+    filler.unlink()
+    done = home_on_small_disk.command("run", "STUDY")
+    assert done.exit_code == 0, done.output
+    assert home_on_small_disk.stored() == whole
+
+
+def test_a_home_mounted_read_only_ends_the_run_with_a_message(home_on_small_disk: Any) -> None:
+    home = home_on_small_disk.home
+    whole = without_tables(home_on_small_disk)
+    subprocess.run(["mount", "-o", "remount,ro", str(home)], check=True)
+    message = refused(home_on_small_disk, "run", "STUDY")
+    assert f"DAGSTER_HOME {home}" in message
+    assert "set DAGSTER_HOME to a copy of that folder which may be written" in message
+    subprocess.run(["mount", "-o", "remount,rw", str(home)], check=True)
+    assert home_on_small_disk.command("run", "STUDY").exit_code == 0
+    assert home_on_small_disk.stored() == whole
+
+
+@pytest.mark.parametrize("limit", [0, 16_384])
+def test_an_event_log_at_the_limit_of_file_size_ends_the_run_with_a_message(finished: Any, limit: int) -> None:
+    """Where no disk can be mounted."""
+    whole = without_tables(finished)
+    done = finished.process(
+        "run", "STUDY", "--select", "vector_summary", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "DAGSTER_HOME" in done.stderr and str(finished.home) in done.stderr
+    assert "free some space on its disk" in done.stderr
+    assert finished.command("run", "STUDY").exit_code == 0
+    assert finished.stored() == whole
+
+
+def test_only_a_disks_own_faults_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", "/homes/dagster")
+    full, locks = sqlite3.OperationalError("database or disk is full"), "/homes/dagster/.locks"
+    told = (
+        full,
+        sqlalchemy.exc.OperationalError("INSERT", {}, full),
+        OSError(errno.ENOSPC, "No space left"),
+        OSError(errno.EROFS, "Read-only", locks),
+    )
+    assert all("DAGSTER_HOME" in disk_fault(error) for error in told)
+    elsewhere = OSError(errno.ENOSPC, "No space left", "/elsewhere/file")
+    assert "/elsewhere/file" in disk_fault(elsewhere)
+    bugs = (
+        sqlite3.OperationalError("no such column: event"),
+        PermissionError(errno.EACCES, "Permission denied", "/elsewhere/file"),
+        FileNotFoundError(errno.ENOENT, "No such file", locks),
+        ValueError("database or disk is full"),
+    )
+    assert [disk_fault(error) for error in bugs] == [""] * len(bugs)
 
 
 # --- studies too small ------------------------------------------------------------------------------------------------

@@ -177,12 +177,12 @@ def test_a_run_killed_at_five_points_ends_like_one_left_alone(judged: Any, finis
 IMPORTED = "/steering_vectors/m:L01/e03"
 MOMENTS = {
     "the old file gone": """
-real = os.unlink
-def unlink(path, **more):
-    real(path, **more)
-    if "IMPORTED" in str(path):
+real = os.replace
+def replace(source, target):
+    real(source, target)
+    if "IMPORTED" in str(source):
         os.kill(os.getpid(), signal.SIGKILL)
-os.unlink = unlink
+os.replace = replace
 """,
     "before the new file is placed": """
 real = os.replace

@@ -60,7 +60,7 @@ def serving(platform: Any, *options: str) -> Iterator[tuple[subprocess.Popen[byt
 
 def rows(platform: Any) -> list[dict[str, Any]]:
     shown = platform.command("table", "STUDY", "served_models", "--format", "json")
-    return json.loads(shown.output) if shown.exit_code == 0 else []
+    return json.loads(shown.stdout) if shown.exit_code == 0 else []
 
 
 def states(platform: Any) -> dict[str, set[str]]:
@@ -161,7 +161,7 @@ def test_the_sensor_and_a_materialisation_from_the_ui_say_the_same(finished: Any
     assert states(finished) == {SERVED: {"silent"}}
     deployments.write(deployments.record_file(folder, "d"), gone)
     with finished.workspace() as workspace:
-        workspace._execute(*([["served_models"]] if "names" in workspace._execute.__code__.co_varnames else ["served_models"]), [SERVED])
+        workspace._execute(["served_models"], [SERVED], print, {})
     assert states(finished) == {SERVED: {"silent"}}
 
 

@@ -30,6 +30,9 @@ PAIRS = pd.DataFrame(
 MODEL: Any = SimpleNamespace(name="m", source="tiny", dtype="float32", device="cpu", epochs_trained=2)
 
 
+REFERENCE = 10 + 4  # pairs that the reference passes over training and held-out pairs report
+
+
 class Killed(Exception):
     pass
 
@@ -49,7 +52,8 @@ class Launches:
         self.during(request, path)
         vectors = np.zeros((2, 64), dtype=np.float32)
         for layer in request.layers:
-            _write_result(request.result(layer), Result(bipo.TrainedVector(vectors, vectors[0], vectors[0], ()), layer, 0))
+            evaluation = bipo.Evaluation(1, 1, 0.5, 1.0, 0.1, 0.1, 0.0, 4)
+            _write_result(request.result(layer), Result(bipo.TrainedVector(vectors, vectors[0], vectors[0], (evaluation,)), layer, 0))
         return {}
 
 
@@ -62,7 +66,7 @@ def work(tiny_llama: Any, tmp_path: Path) -> Any:
         context=SimpleNamespace(asset_key=dg.AssetKey(["study", "training_run"])),
         resources=SimpleNamespace(models=SimpleNamespace(load=lambda _settings, _log: tiny_llama), launcher=Launches()),
         log=SimpleNamespace(warning=pytest.fail),
-        version=lambda name: f"version of {name}",
+        version=lambda name, _partition=None: f"version of {name}",
         done=lambda _pairs: None,
         progress=lambda *_: contextlib.nullcontext(lambda pairs: made.done(pairs)),
         folder=tmp_path / "study" / "training_run",
@@ -84,7 +88,7 @@ def trained(work: Any, *layers: int, train: Any = assets.trained_here) -> dict[s
 
 
 def killed_after(work: Any, pairs: int, *layers: int) -> None:
-    """A run that ends after so many pairs, those of the reference pass among them."""
+    """A run that ends after so many pairs, those of the two reference passes among them."""
     left = pairs
 
     def end(done: int) -> None:
@@ -125,7 +129,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.9])
 def test_a_smaller_cache_is_kept_to_by_the_run_that_goes_on(work: Any, share: float) -> None:
     whole = trained(work, 1)["m:L01"]
-    killed_after(work, 20, 1)
+    killed_after(work, REFERENCE + 10, 1)
     needed = sum(streams(work).values())
     assert len(streams(work)) == 2
     for path in work.folder.rglob("heldout.*"):
@@ -141,7 +145,7 @@ def test_a_smaller_cache_is_kept_to_by_the_run_that_goes_on(work: Any, share: fl
 def test_a_site_that_finishes_leaves_the_checkpoint_of_another_to_go_on_from(work: Any, steps: list[int]) -> None:
     whole = trained(work, 1)["m:L01"]
     in_all = steps.count(1)
-    killed_after(work, 10 + 7, 1)  # the reference pass and two steps
+    killed_after(work, REFERENCE + 7, 1)  # two steps
     left = files(work)
     assert any("checkpoint" in name for name in left) and len([name for name in left if name.endswith(".stream")]) == 2
     trained(work, 2)
@@ -156,10 +160,22 @@ def test_a_site_that_finishes_leaves_the_checkpoint_of_another_to_go_on_from(wor
 def test_a_site_that_is_done_leaves_nothing_when_the_next_one_of_its_run_is_killed(work: Any, steps: list[int]) -> None:
     del steps
     one_site = 2 * (10 + 2 * 4)
-    killed_after(work, 10 + one_site + 5, 1, 2)
+    killed_after(work, REFERENCE + one_site + 5, 1, 2)
     assert files(work) and not [name for name in files(work) if "L01" in name]
     trained(work, 2)
     assert not list(work.folder.iterdir())
+
+
+def test_each_reference_pass_has_a_bar_that_reaches_its_end(work: Any) -> None:
+    bars: list[list[Any]] = []
+
+    def progress(total: int, _unit: str, what: str) -> Any:
+        bars.append([what, total, 0])
+        return contextlib.nullcontext(lambda pairs: bars[-1].__setitem__(2, bars[-1][2] + pairs))
+
+    work.progress = progress
+    trained(work, 1)
+    assert bars[:2] == [["reference pass", 10, 10], ["held-out reference pass", 4, 4]]
 
 
 def test_launches_of_two_sites_of_a_model_do_not_meet(work: Any) -> None:
