@@ -136,7 +136,7 @@ def _models(study: Study) -> Look:
 
     def look() -> Seen:
         weights = {source: fingerprint(source) for source in dict.fromkeys(model.source for model in study.models)}
-        loaded = {model.name: {**model.model_dump(include={"source", "dtype", "device"}), "weights": weights[model.source]} for model in study.models}
+        loaded = {model.name: {**model.model_dump(include={"dtype", "device"}), "weights": weights[model.source]} for model in study.models}
         if study.contrastive:
             return {name: (content_version(found), dict(found)) for name, found in loaded.items()}
         by_site = {site: loaded[study.model_of(site).name] for site in (*study.sites, *study.derived_sites)}
