@@ -1,6 +1,6 @@
 """The `relseek` command: run a study, see what is stale, read its tables, bring in files, compare, open the UI.
 
-Here belong arguments and printing; what a command does belongs in `planning.py`, `exchange.py` and the stages.
+Here belong arguments and printing; what a command does belongs in `planning.py`, `exchange.py`, `imports.py`, `difference.py` and the stages.
 """
 
 from __future__ import annotations
@@ -473,7 +473,7 @@ def diff(study_a: str, study_b: str, store_b: Path | None, form: str) -> None:
 
     Estimates are the dose-response, coherence AUC and slopes of the selection, the quality of the judge, and a trial's contrasts.
     """
-    from relseek_assets.exchange import difference, difference_text
+    from relseek_assets.difference import difference, difference_text
 
     a, b = _workspace(study_a), _workspace_in(study_b, store_b)
     found = difference(a, b)
@@ -523,7 +523,7 @@ def import_() -> None:
 @_explained
 def import_vector(study: str, file: Path, site: str, epoch: int, note: str) -> None:
     """FILE is a .safetensors, .pt or .gguf file with a float vector as wide as the model's residual stream; `relseek vectors import` is the same."""
-    from relseek_assets.exchange import import_vector as bring
+    from relseek_assets.imports import import_vector as bring
 
     click.echo(bring(_workspace(study), file, site, epoch, note))
 
@@ -538,7 +538,7 @@ def import_generations(study: str, file: Path, note: str) -> None:
 
     A row may say more: `prompt` (messages) where it was not the study's own for the item; token_ids, tokens, seed, finished, mean_log_prob.
     """
-    from relseek_assets.exchange import import_generations as bring
+    from relseek_assets.imports import import_generations as bring
 
     click.echo(bring(_workspace(study), file, note))
 
@@ -553,7 +553,7 @@ def import_scores(study: str, file: Path, note: str) -> None:
 
     Items are those of the partition's generations. A row with neither score nor status says `empty_reply` where the reply is empty, else `missing`.
     """
-    from relseek_assets.exchange import import_scores as bring
+    from relseek_assets.imports import import_scores as bring
 
     click.echo(bring(_workspace(study), file, note))
 
@@ -573,7 +573,7 @@ main.add_command(arms)
 @_explained
 def ui(names: tuple[str, ...], port: int, host: str) -> None:
     """Open the Dagster UI, its daemon running, on the studies that ship with relseek and on any STUDY named besides (a .toml path)."""
-    from relseek_assets.exchange import write_locations
+    from relseek_assets.locations import write_locations
     from relseek_resources.stored_vectors import dagster_home
 
     home = dagster_home()

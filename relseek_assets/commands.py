@@ -41,7 +41,7 @@ def explained(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def wrapped(*arguments: Any, **options: Any) -> Any:
-        from relseek_assets.exchange import ExchangeError
+        from relseek_assets.import_fields import ExchangeError
         from relseek_assets.planning import PlanError
         from relseek_assets.trials.raw import TrialFault
 

@@ -278,7 +278,7 @@ def weight_sensitivity(frame: pd.DataFrame) -> Figure:
 
 
 def judge_calibration(frame: pd.DataFrame) -> Figure:
-    """Observed share of target replies by predicted probability, with Wilson intervals."""
+    """Observed share of target replies by predicted probability, with Wilson intervals over conversations."""
     figure, (axes,) = blank(1, 4.2, 3.6)
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":", label="perfect calibration")
     errors = [frame["observed"] - frame["lower"], frame["upper"] - frame["observed"]]

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import dagster as dg
 
-from relseek_assets.study import DerivedSite, Prompting, Study, StudyError, layer_of
+from relseek_assets.settings import DerivedSite, Prompting
+from relseek_assets.study import Study, StudyError, layer_of
 from relseek_assets.trial import Trial
 from relseek_resources.axes_release import EXTRACTIONS, MODELS
 

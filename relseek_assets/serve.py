@@ -431,6 +431,8 @@ def serve(
     from relseek_resources.serving.trial_arms import ArmsError
     from relseek_resources.serving.vectors import ServingError
 
+    if study is not None and study.startswith("-"):  # no STUDY, but the first of vLLM's options behind --
+        more, study = (study, *more), None
     if study is not None and source is not None:
         raise click.UsageError("name a STUDY or give --model, not both")
     if engine != "vllm" and more:

@@ -18,7 +18,8 @@ from relseek_assets.lineage import latest_by_partition, observation, version_of
 from relseek_assets.partitions import Partitions, multi_key, step_key
 from relseek_assets.persona_attacks import FILE as PERSONA_ATTACKS
 from relseek_assets.persona_set import FILES as PERSONA_FILES
-from relseek_assets.study import Prompting, Study, layer_of
+from relseek_assets.settings import Prompting
+from relseek_assets.study import Study, layer_of
 from relseek_assets.trial import Trial
 from relseek_resources.axes_release import FILES as AXES_FILES
 from relseek_resources.axes_release import AxesRelease

@@ -1,7 +1,7 @@
 """Steering vectors as files that other programs read and write: safetensors with provenance, plain tensors (`.pt`), GGUF control vectors.
 
 Here belong the three formats and what is refused at the door. Where a study keeps its vectors, and what it records of an imported one, does not:
-that is `relseek_assets/exchange.py`.
+that is `relseek_assets/imports.py`.
 
 Blocks are 0-indexed, and a vector steers what its block puts out: the residual stream after block N, `hidden_states[N + 1]` of transformers.
 `direction.N` of a GGUF control vector steers the same place. llama.cpp adds it to the output of its layer N, counted from 0, after the feed-forward

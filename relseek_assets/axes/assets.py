@@ -22,7 +22,8 @@ from relseek_resources.storage import keyed_order, keyed_seed
 
 if TYPE_CHECKING:
     from relseek_assets.axes.interventions import Axis
-    from relseek_assets.study import Interventions, Model, Study
+    from relseek_assets.settings import Interventions, Model
+    from relseek_assets.study import Study
     from relseek_resources.models import SteeredModel
 
 GROUP = "axes"

@@ -18,8 +18,8 @@ from relseek_assets.dataset.pairs import training_pairs
 from relseek_assets.judging import in_flight, language_assets, tables
 from relseek_assets.judging.requests import QUESTION
 from relseek_assets.partitions import cell_of
+from relseek_assets.settings import EMBEDDED
 from relseek_assets.stage import VECTORS, Stage, Work, plot
-from relseek_assets.study import EMBEDDED
 from relseek_resources.judges import coherence, embedded, embedding
 from relseek_resources.release import Absent, Release, ScoredReply
 
@@ -142,15 +142,16 @@ def build(stage: Stage) -> None:
 
     @stage.asset(
         group=GROUP,
-        version="1",
+        version="2",
         description="Observed against predicted share of target replies, cross-validated with whole conversations held out.",
-        deps={"embedded_judge": None},
+        deps={"embedded_judge": None, "preference_pairs": None},
         schema=tables.JUDGE_CALIBRATION,
     )
     def judge_calibration(work: Work) -> Iterator[dg.AssetMaterialization]:
         projections = work.read_tensors("embedded_judge")[0]["cross_validated"]
         labels = np.repeat([1.0, 0.0], len(projections) // 2)
-        frame = tables.calibration_curve(expit(projections.astype(float)), labels)
+        owners = list(distinct(work.read_table("preference_pairs"), "train")["conversation"])
+        frame = tables.calibration_curve(expit(projections.astype(float)), labels, [*owners, *owners])
         yield work.table(None, frame, {"plot": plot(figures.judge_calibration(frame))})
 
     @stage.asset(

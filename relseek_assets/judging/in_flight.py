@@ -21,7 +21,8 @@ import pandas as pd
 
 from relseek_assets.bill import Bill
 from relseek_assets.judging.requests import Estimate, OverBudget, estimate
-from relseek_assets.study import LanguageJudge, Study
+from relseek_assets.settings import LanguageJudge
+from relseek_assets.study import Study
 from relseek_resources.judges.answers import Answer, Request
 from relseek_resources.judges.asking import OPENAI, EndpointError, client_of, finished
 from relseek_resources.judges.batches import BatchError, cancel, poll

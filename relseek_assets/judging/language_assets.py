@@ -21,8 +21,8 @@ from relseek_assets.judging.requests import REQUESTS, estimate, read_comparison
 from relseek_assets.judging.requests import pairwise_requests as comparisons_asked
 from relseek_assets.judging.requests import rating_requests as ratings_asked
 from relseek_assets.partitions import Cell, cell_of, multi_key, step_key
+from relseek_assets.settings import LanguageJudge
 from relseek_assets.stage import TABLE, Stage, Work
-from relseek_assets.study import LanguageJudge
 from relseek_resources.judges import asking
 from relseek_resources.judges.answers import Answer, Reading
 from relseek_resources.judges.batches import settle, submit

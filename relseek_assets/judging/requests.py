@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from relseek_assets.behaviour import BehaviourError, GradedReply, Rubric, read_toml
-from relseek_assets.study import LanguageJudge
+from relseek_assets.settings import LanguageJudge
 from relseek_resources.judges.answers import Request
 from relseek_resources.judges.counting import BYTES_A_TOKEN, UPPER_BOUND, counter_of
 from relseek_resources.judges.prices import price_of

@@ -130,9 +130,10 @@ JUDGE_CALIBRATION = TableSchema(
         Column("low", "number", "lower edge of the bin of predicted probability", low=0, high=1),
         Column("predicted", "number", "mean predicted probability of target", low=0, high=1),
         Column("observed", "number", "share of target replies", low=0, high=1),
-        Column("lower", "number", "95% Wilson interval", low=0, high=1),
-        Column("upper", "number", "95% Wilson interval", low=0, high=1),
+        Column("lower", "number", "95% Wilson interval over the conversations", low=0, high=1),
+        Column("upper", "number", "95% Wilson interval over the conversations", low=0, high=1),
         Column("n", "integer", "replies in the bin", low=1),
+        Column("conversations", "integer", "conversations that they are of", low=1),
     ),
     key=("low",),
 )
@@ -273,21 +274,26 @@ def score_shares(frame: pd.DataFrame, low: int = 1, high: int = 10) -> pd.DataFr
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
-    """95% Wilson score interval of a proportion."""
+    """95% Wilson score interval of a proportion; it holds the proportion itself, whatever rounding does at 0 and 1."""
     z = NormalDist().inv_cdf(0.975)
     centre = (successes + z * z / 2) / (n + z * z)
     half = z * np.sqrt(successes * (n - successes) / n + z * z / 4) / (n + z * z)
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    share = successes / n
+    return max(0.0, min(float(centre - half), share)), min(1.0, max(float(centre + half), share))
 
 
-def calibration_curve(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> pd.DataFrame:
-    """Observed share by equal-width bin of predicted probability; empty bins are left out."""
+def calibration_curve(probabilities: np.ndarray, labels: np.ndarray, conversations: Sequence[str], bins: int = 10) -> pd.DataFrame:
+    """Observed share by equal-width bin of predicted probability; empty bins are left out.
+
+    `conversations` (n,) are those that the replies are of: replies of one are alike, so that a bin's interval counts conversations.
+    """
+    owners = np.asarray(conversations)
     place = np.minimum((probabilities * bins).astype(int), bins - 1)
     rows = []
     for index in np.unique(place):
         inside = place == index
-        lower, upper = wilson(labels[inside].sum(), int(inside.sum()))
-        share = float(labels[inside].mean())
+        share, independent = float(labels[inside].mean()), len(np.unique(owners[inside]))
+        lower, upper = wilson(share * independent, independent)
         rows.append(
             {
                 "low": index / bins,
@@ -296,6 +302,7 @@ def calibration_curve(probabilities: np.ndarray, labels: np.ndarray, bins: int =
                 "lower": lower,
                 "upper": upper,
                 "n": int(inside.sum()),
+                "conversations": independent,
             }
         )
     return pd.DataFrame(rows)

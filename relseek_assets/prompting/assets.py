@@ -28,8 +28,9 @@ from relseek_assets.persona_attacks import Scenario, read_persona_attacks
 from relseek_assets.prompting import analysis, attacks, authors, published_assets, rating, served, steerability, tables
 from relseek_assets.prompting.levels import Level, examples_of, read_trait
 from relseek_assets.prompting.tables import STEERED
+from relseek_assets.settings import Author, LanguageJudge, Prompting
 from relseek_assets.stage import VECTORS, Stage, Work, plot
-from relseek_assets.study import Author, LanguageJudge, Prompting, Study, layer_of
+from relseek_assets.study import Study, layer_of
 from relseek_resources.judges import asking, coherence, embedded
 from relseek_resources.models.sampling import Sampling
 from relseek_resources.storage import file_sha256

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from relseek_assets.prompting.tables import REPLIED
-from relseek_assets.study import Author
+from relseek_assets.settings import Author
 from relseek_resources.judges import asking
 from relseek_resources.judges.answers import Answer, Reading, Request
 from relseek_resources.judges.counting import counter_of

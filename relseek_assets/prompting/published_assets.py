@@ -13,8 +13,9 @@ import pandas as pd
 
 from relseek_assets.prompting import published, tables
 from relseek_assets.prompting.tables import STEERED
+from relseek_assets.settings import Prompting
 from relseek_assets.stage import Stage, Work
-from relseek_assets.study import Prompting, Study, layer_of
+from relseek_assets.study import Study, layer_of
 from relseek_resources.prompting_release import PublishedAuthor
 from relseek_resources.release import Release
 

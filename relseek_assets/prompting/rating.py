@@ -17,7 +17,7 @@ import pandas as pd
 from relseek_assets.behaviour import GradedReply, Rubric
 from relseek_assets.judging.requests import PAIRWISE, Comparison, pairwise_requests, rating_requests, requests_of
 from relseek_assets.prompting.tables import STEERED
-from relseek_assets.study import LanguageJudge
+from relseek_assets.settings import LanguageJudge
 from relseek_resources.judges import asking
 from relseek_resources.judges.answers import Answer, Reading, read_choice, read_score
 from relseek_resources.judges.prices import price_of

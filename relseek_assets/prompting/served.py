@@ -14,7 +14,7 @@ from typing import Any
 
 from relseek_assets.prompting.authors import AuthorError, Conversation, EndpointWriter, Replied
 from relseek_assets.prompting.tables import STEERED
-from relseek_assets.study import Author, Price, SteeredEndpoint
+from relseek_assets.settings import Author, Price, SteeredEndpoint
 from relseek_resources.judges import asking
 from relseek_resources.judges.answers import Request
 from relseek_resources.models.sampling import Sampling

@@ -11,8 +11,8 @@ from relseek_assets.behaviour import FILES, read_toml
 from relseek_assets.judging.one_judge import of_one_judge
 from relseek_assets.partitions import multi_key, step_key
 from relseek_assets.reports import axis_page, page, trial_page
+from relseek_assets.settings import EMBEDDED
 from relseek_assets.stage import PAGE, Stage, Work
-from relseek_assets.study import EMBEDDED
 
 GROUP = "reports"
 PARTITIONED = ("dose_response", "training_metrics", "sweep_summary")

@@ -10,8 +10,8 @@ import pandas as pd
 from relseek_assets import figures
 from relseek_assets.judging.one_judge import of_one_judge
 from relseek_assets.selection import metrics
+from relseek_assets.settings import EMBEDDED
 from relseek_assets.stage import Stage, Work, plot
-from relseek_assets.study import EMBEDDED
 
 GROUP = "selection"
 

@@ -17,8 +17,9 @@ import pandas as pd
 from relseek_assets import amounts, figures
 from relseek_assets.dataset.pairs import heldout_pairs, training_pairs
 from relseek_assets.partitions import cell_of
+from relseek_assets.settings import Model
 from relseek_assets.stage import VECTORS, Stage, Work, plot
-from relseek_assets.study import Model, StudyError, layer_of
+from relseek_assets.study import StudyError, layer_of
 from relseek_assets.vectors import contrastive_assets, geometry_assets, published, tables
 from relseek_resources.release import Absent, Release
 from relseek_resources.storage import content_version, file_sha256

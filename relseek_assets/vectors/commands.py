@@ -1,6 +1,6 @@
 """`relseek vectors`: a study's vectors as files that other programs read, and theirs as a study's.
 
-Here belong arguments and printing; the formats belong in `relseek_resources/vector_files.py`, and what a study records in `exchange.py`.
+Here belong arguments and printing; the formats belong in `relseek_resources/vector_files.py`, and what a study records in `imports.py`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def import_vector(study: str, file: Path, site: str, epoch: int, note: str) -> N
 
     FILE is a .safetensors, .pt or .gguf file with a float vector for the site's block, as wide as the model's residual stream.
     """
-    from relseek_assets.exchange import import_vector as bring
+    from relseek_assets.imports import import_vector as bring
 
     click.echo(bring(workspace_of(study), file, site, epoch, note))
 

@@ -22,7 +22,8 @@ from relseek_resources.release import Absent
 from relseek_resources.storage import keyed_seed
 
 if TYPE_CHECKING:
-    from relseek_assets.study import Model, Study
+    from relseek_assets.settings import Model
+    from relseek_assets.study import Study
 
 GROUP = "vectors"
 PUBLISHED = "published_axes"

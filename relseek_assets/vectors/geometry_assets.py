@@ -13,8 +13,9 @@ import pandas as pd
 
 from relseek_assets import figures
 from relseek_assets.partitions import cell_of, multi_key, removed_from, step_key
+from relseek_assets.settings import DerivedSite
 from relseek_assets.stage import VECTORS, Stage, Work, plot
-from relseek_assets.study import DerivedSite, Study, StudyError, layer_of, site_key
+from relseek_assets.study import Study, StudyError, layer_of, site_key
 from relseek_assets.vectors import geometry, tables
 from relseek_assets.vectors.geometry import Named
 from relseek_resources.storage import StorageError

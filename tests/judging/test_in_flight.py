@@ -18,7 +18,8 @@ from openai import OpenAI
 
 from relseek_assets.judging import in_flight, sensors
 from relseek_assets.judging.requests import OverBudget
-from relseek_assets.study import STUDIES, LanguageJudge, StudyError, load_study
+from relseek_assets.settings import LanguageJudge
+from relseek_assets.study import STUDIES, StudyError, load_study
 from relseek_resources.judges.answers import Answer, Request, read_score
 from relseek_resources.judges.asking import AnswerJournal
 from relseek_resources.judges.batches import cancel, settle, submit

@@ -69,19 +69,31 @@ def test_perfect_agreement_has_a_finite_interval() -> None:
 
 
 def test_a_calibration_curve_by_hand() -> None:
-    curve = tables.calibration_curve(np.array([0.05, 0.08, 0.51, 0.59, 0.99, 1.0]), np.array([0, 1, 1, 1, 1, 0]))
+    owners = ["a", "a", "a", "b", "b", "c"]
+    curve = tables.calibration_curve(np.array([0.05, 0.08, 0.51, 0.59, 0.99, 1.0]), np.array([0, 1, 1, 1, 1, 0]), owners)
     assert list(curve["low"]) == pytest.approx([0, 0.5, 0.9])
     assert list(curve["n"]) == [2, 2, 2]
+    assert list(curve["conversations"]) == [1, 2, 2]
     assert list(curve["predicted"]) == pytest.approx([0.065, 0.55, 0.995])
     assert list(curve["observed"]) == [0.5, 1, 0.5]
     assert (curve["lower"] < curve["observed"]).all()
+    one, two = (stats.binomtest(1, trials).proportion_ci(0.95, method="wilson") for trials in (1, 2))
+    assert curve["upper"].iloc[0] - curve["lower"].iloc[0] > two.high - two.low  # two replies of one conversation are not two trials
+    assert curve["lower"].iloc[1] > one.low
     assert tables.JUDGE_CALIBRATION.to_arrow(curve, "curve").num_rows == 3
+
+
+def test_a_wilson_interval_holds_its_share() -> None:
+    cases = [(found, trials) for trials in range(1, 200) for found in (0, 1, trials // 2, trials - 1, trials)]
+    for found, n in cases:
+        low, high = tables.wilson(found / n * n, n)
+        assert 0 <= low <= found / n <= high <= 1, (found, n)
 
 
 def test_a_calibrated_forecast_lies_on_the_diagonal() -> None:
     generator = np.random.default_rng(6)
     chances = generator.random(20000)
-    curve = tables.calibration_curve(chances, (generator.random(20000) < chances).astype(float))
+    curve = tables.calibration_curve(chances, (generator.random(20000) < chances).astype(float), [str(number) for number in range(20000)])
     assert len(curve) == 10
     assert curve["n"].sum() == 20000
     assert ((curve["lower"] - 0.01 < curve["predicted"]) & (curve["predicted"] < curve["upper"] + 0.01)).all()

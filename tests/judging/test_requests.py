@@ -24,7 +24,8 @@ from relseek_assets.judging.requests import (
     read_comparison,
     requests_of,
 )
-from relseek_assets.study import BEHAVIOURS, LanguageJudge
+from relseek_assets.settings import LanguageJudge
+from relseek_assets.study import BEHAVIOURS
 from relseek_resources.judges.counting import counter_of
 from relseek_resources.judges.prices import PriceError
 from relseek_resources.storage import read_table, write_table

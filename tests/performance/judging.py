@@ -26,7 +26,8 @@ from relseek_assets.behaviour import FILES, Rubric, read_graded_replies, read_ru
 from relseek_assets.judging import rankings, tables
 from relseek_assets.judging.requests import QUESTION, REQUESTS, pairwise_requests, rating_requests, read_comparison, requests_of
 from relseek_assets.selection.metrics import dose_response
-from relseek_assets.study import LanguageJudge, load_study
+from relseek_assets.settings import LanguageJudge
+from relseek_assets.study import load_study
 from relseek_resources.judges.batches import poll, settle, submit
 from relseek_resources.judges.ledger import Ledger
 from relseek_resources.storage import read_table, write_table

@@ -326,7 +326,7 @@ def test_new_weights_concern_robustness_alone(changed: Example) -> None:
 def test_the_difference_between_two_stores_names_the_contrasts_of_the_outcomes_that_changed(computed: Example, changed: Example) -> None:
     changed.edit("warmth.toml", 'items = ["wellbeing_after"]', 'items = ["wellbeing_after"]\nform = "linear"')
     changed.run()
-    from relseek_assets.exchange import difference, difference_text
+    from relseek_assets.difference import difference, difference_text
 
     with computed.workspace() as one, changed.workspace() as two:
         assert difference(one, one)["estimates"] == []

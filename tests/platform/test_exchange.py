@@ -19,7 +19,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from relseek_assets.exchange import import_generations
+from relseek_assets.imports import import_generations
 from relseek_assets.sweeps.assets import answered_items
 from relseek_resources.storage import StorageError
 

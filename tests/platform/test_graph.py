@@ -29,7 +29,20 @@ DOORS = ("assets.py", "checks.py", "sensors.py")  # or names that end so, where 
 #: Modules at the root of relseek_assets that assemble what the stages declare, and the resource that Dagster configures.
 ASSEMBLY = {
     f"relseek_assets/{name}.py"
-    for name in ("cli", "commands", "definitions", "event_log", "exchange", "lineage", "partitions", "planning", "sources", "stage")
+    for name in (
+        "cli",
+        "commands",
+        "definitions",
+        "difference",
+        "event_log",
+        "exchange",
+        "imports",
+        "lineage",
+        "partitions",
+        "planning",
+        "sources",
+        "stage",
+    )
 }
 RESOURCES_THAT_KNOW_DAGSTER = {"relseek_resources/compute.py"}
 #: What a stage may take from another besides its assets. The pairs are stage 1's product, and the keyed order in which stage 2

@@ -19,7 +19,7 @@ import pytest
 
 from relseek_assets.exchange import read_asset
 from relseek_assets.prompting import authors
-from relseek_assets.study import Author
+from relseek_assets.settings import Author
 from relseek_resources.judges.asking import AnswerJournal
 from relseek_resources.models.sampling import Sampling
 from tests.judging.chat_server import ChatServer, Says, serving

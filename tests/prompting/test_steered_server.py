@@ -11,7 +11,7 @@ import pytest
 
 from relseek_assets.prompting import authors, served
 from relseek_assets.prompting.authors import AuthorError, ModelWriter, Replied
-from relseek_assets.study import Price, SteeredEndpoint
+from relseek_assets.settings import Price, SteeredEndpoint
 from relseek_resources.judges.asking import AnswerJournal
 from relseek_resources.models.sampling import Sampling
 from relseek_resources.serving.guard import Settings

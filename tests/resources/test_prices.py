@@ -7,7 +7,7 @@ from datetime import date
 
 import pytest
 
-from relseek_assets.study import Price as StudyPrice
+from relseek_assets.settings import Price as StudyPrice
 from relseek_resources.judges.prices import TABLE, PriceError, price_of
 
 

@@ -110,6 +110,7 @@ def test_an_empty_store_names_the_command_that_fills_it(tmp_path: Path, monkeypa
         (["quickstart", "--model", "x"], "not both"),
         (["quickstart", "--engine", "vllm", "--key", "a", "--key", "b"], "give one"),
         (["quickstart", "--engine", "vllm", "--rows", "8"], "-- --max-num-seqs 8"),
+        (["--model", "embedded:smollm2-135m-instruct", "--engine", "vllm", "--", "--host", "0.0.0.0"], "give --host before --"),
         (["quickstart", "--engine", "vllm", "--", "--host", "0.0.0.0"], "give --host before --"),
         (["quickstart", "--engine", "vllm", "--", "--seed", "1", "--host=0.0.0.0"], "give --host before --"),
         (["quickstart", "--engine", "vllm", "--", "--hos", "0.0.0.0"], "give --host before --"),

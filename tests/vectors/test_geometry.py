@@ -17,7 +17,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relseek_assets.exchange import ExchangeError, export_vector, import_scores, import_vector
+from relseek_assets.exchange import export_vector
+from relseek_assets.import_fields import ExchangeError
+from relseek_assets.imports import import_scores, import_vector
 from relseek_assets.planning import Workspace
 from relseek_assets.serve import gathered
 from relseek_assets.stage import Store

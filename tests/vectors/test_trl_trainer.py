@@ -16,7 +16,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from relseek_assets.study import Compute
+from relseek_assets.settings import Compute
 from relseek_assets.vectors import bipo, stream_cache
 from relseek_assets.vectors.launched import MODULE, Request, Result, read_result
 from relseek_assets.vectors.objective import Pair, Schedule, token_pairs
