@@ -183,7 +183,8 @@ class Trial:
         seed = keyed_seed(self.allocation.seed, "reply", participant.name, session, number) >> 11  # whole as a float, too
         arrived = datetime.now(UTC).timestamp() - (time.monotonic() - received)
         opening = [{"role": "system", "content": conduct.system}] if conduct.system else []
-        ask = Ask([*opening, *said, message], arm.steering, conduct, seed, self._conversation(participant, session))
+        shown = [_as_words(turn, self.speaker.special) for turn in said]
+        ask = Ask([*opening, *shown, message], arm.steering, conduct, seed, self._conversation(participant, session))
         pieces: list[str] = []
         first: float | None = None
         finish_reason: str | None = None
@@ -351,6 +352,18 @@ def _check_words(text: str, special: frozenset[str]) -> None:
     sign = found.group() if found else next((one for one in special if one in text), None)
     if sign is not None:
         raise Refused(400, f"the message contains {sign}, which the model does not read as text; leave it out or write it in another way")
+
+
+def _as_words(turn: Message, special: frozenset[str]) -> Message:
+    """A turn of a conversation as the model is shown it again: a sign that it spelled itself is parted by a space, lest it bound a turn now."""
+    words = CONTROL.sub(lambda found: _parted(found.group()), turn["content"])
+    for one in special:
+        words = words.replace(one, _parted(one))
+    return {**turn, "content": words}
+
+
+def _parted(sign: str) -> str:
+    return f"{sign[:1]} {sign[1:]}"
 
 
 def _moment(timestamp: float) -> str:
