@@ -13,7 +13,7 @@ from relseek_resources.models import Sampling
 from tests.performance.comparison import Comparison, compare
 
 PROMPTS = 4
-PAIRS = 3
+PAIRS = 8
 
 
 def comparisons() -> list[Comparison]:
