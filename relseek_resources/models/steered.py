@@ -498,17 +498,17 @@ class SteeredModel:
         return [replies[row] for row in range(len(prompts))]
 
     def _generate_batch(self, rows: list[int], prompts: list[Sequence[int]], seeds: list[int], sampling: Sampling) -> list[Reply]:
-        from transformers import DynamicCache
+        from relseek_resources.models.decoding import grouped_attention, growing_cache  # with transformers, which takes seconds to import
 
         batch = self.batch(prompts, left=True)
         draws = torch.from_numpy(uniforms(seeds, sampling.max_new_tokens)).to(self.device)
         tokens: list[list[int]] = [[] for _ in rows]
         log_probs: list[list[float]] = [[] for _ in rows]
         active = torch.arange(len(rows))
-        cache = DynamicCache(config=self.model.config)
+        cache = growing_cache(self.model)
         ids, mask, positions = batch.ids, batch.mask, batch.positions
         for step in range(sampling.max_new_tokens):
-            with self._on_rows(torch.as_tensor(rows)[active]):
+            with self._on_rows(torch.as_tensor(rows)[active]), grouped_attention(self.model):
                 hidden = self.model.base_model(
                     input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
                 ).last_hidden_state[:, -1]

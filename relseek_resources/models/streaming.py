@@ -21,15 +21,16 @@ def stream_tokens(model: SteeredModel, prompt: Sequence[int], sampling: Sampling
     Raises:
         ModelError: a prompt without tokens, logits that are not finite.
     """
-    from transformers import DynamicCache
+    from relseek_resources.models.decoding import grouped_attention, growing_cache
 
     if not prompt:
         raise ModelError("a prompt without tokens cannot be answered")
-    cache = DynamicCache(config=model.model.config)
+    cache = growing_cache(model.model)
     chances = torch.from_numpy(uniforms([seed], sampling.max_new_tokens)).to(model.device)
     ids = torch.tensor([list(prompt)], device=model.device)
     for step in range(sampling.max_new_tokens):
-        hidden = model.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        with grouped_attention(model.model):
+            hidden = model.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
         logits = model.logits(hidden)
         if not torch.isfinite(logits).all():
             raise ModelError("the model's logits are not finite; use a smaller multiplier or a wider dtype")

@@ -9,25 +9,22 @@ a shorter row is masked on its left. When a row leaves, the last one takes its p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from relseek_resources.models import architecture
+from relseek_resources.models.decoding import grouped_attention
 from relseek_resources.models.steered import SteeredModel
 from relseek_resources.serving.steering_op import Tables
 
 SPARE = 128  # columns kept free on either side: on the left for longer prompts, on the right for new tokens
 CHUNK = 256  # tokens of prompts between two steps: a long prompt does not hold up the rows that are running
-ATTENTION = "relseek_rows"
 
 
 # --- the cache ----------------------------------------------------------------------------------------------------------
@@ -201,7 +198,7 @@ class RunningBatch:
         longest = max(self.rows.lengths)
         mask = torch.arange(longest + 1, device=device) >= (longest - lengths).unsqueeze(-1)
         ids = torch.tensor(tokens, device=device).unsqueeze(-1)
-        with self._grouped_attention():
+        with grouped_attention(self.model.model):
             hidden = self._hidden(self.steering, ids, mask, lengths.unsqueeze(-1), self.rows)[:, -1]
         self.rows.stepped()
         return self.model.logits(hidden)
@@ -229,34 +226,3 @@ class RunningBatch:
         finally:
             handle.remove()
         return torch.cat(found)[len(prompt) :]
-
-    @contextmanager
-    def _grouped_attention(self) -> Iterator[None]:
-        """Inside, transformers' sdpa is replaced by one that does not copy keys; another attention stays."""
-        config = architecture.text_config(self.model.model)
-        before = config._attn_implementation
-        if before == "sdpa":
-            config._attn_implementation = ATTENTION
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
-
-
-def _attend(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **options: Any
-) -> tuple[torch.Tensor, None]:
-    """Attention of one query a row; the queries that share a key lie beside one another instead of each having a copy of it.
-
-    query: (rows, heads, 1, size); key, value: (rows, heads / groups, columns, size).
-    """
-    rows, heads, length, size = query.shape
-    if length > 1 or heads == key.shape[1] or options.get("position_bias") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    grouped = query.reshape(rows, key.shape[1], -1, size)
-    found = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=options.get("scaling"))
-    return found.reshape(rows, 1, heads, -1), None
-
-
-AttentionInterface.register(ATTENTION, _attend)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
