@@ -112,7 +112,7 @@ def serving(platform: Platform) -> Iterator[Ui]:
         while not ui.is_ready():
             assert process.poll() is None and time.monotonic() < end, f"the UI did not start:\n{ui.text()[-4000:]}"
             time.sleep(0.5)
-        ui.ask("mutation { setNuxSeen }")  # or a pop-up about the community covers the page
+        assert ui.ask("{ shouldShowNux }") == {"shouldShowNux": False}, "a pop-up about Dagster's community covers the page"
         yield ui
     finally:
         end_all(process)
