@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-
-from relseek_resources.models import architecture
 
 SPARE = 64  # columns kept free behind the newest token, so that one step in so many copies the past
-ATTENTION = "relseek_rows"
 
 
 class _Growing(DynamicLayer):
@@ -62,32 +59,29 @@ def growing_cache(model: Any) -> DynamicCache:
 
 
 @contextmanager
-def grouped_attention(model: Any) -> Iterator[None]:
-    """Inside, transformers' sdpa is replaced by one that does not copy keys for each query; another attention stays."""
-    config = architecture.text_config(model)
-    before = config._attn_implementation
-    if before == "sdpa":
-        config._attn_implementation = ATTENTION
+def grouped_attention() -> Iterator[None]:
+    """In this thread, inside, transformers' sdpa copies no keys for the queries that share them; any other attention is what it was."""
+    token = _grouped.set(True)
     try:
         yield
     finally:
-        config._attn_implementation = before
+        _grouped.reset(token)
 
 
 def _attend(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **options: Any
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one query a row; the queries that share a key lie beside one another instead of each having a copy of it.
+    """transformers' sdpa; inside `grouped_attention`, with one query a row, the queries that share a key lie beside one another.
 
     query: (rows, heads, 1, size); key, value: (rows, heads / groups, columns, size).
     """
     rows, heads, length, size = query.shape
-    if length > 1 or heads == key.shape[1] or options.get("position_bias") is not None:
+    if not _grouped.get() or length > 1 or heads == key.shape[1] or options.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     grouped = query.reshape(rows, key.shape[1], -1, size)
     found = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=options.get("scaling"))
     return found.reshape(rows, 1, heads, -1), None
 
 
-AttentionInterface.register(ATTENTION, _attend)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+_grouped = ContextVar("grouped", default=False)
+AttentionInterface.register("sdpa", _attend)  # under its own name: some models ask whether that is theirs, and compute otherwise where it is not

@@ -508,7 +508,7 @@ class SteeredModel:
         cache = growing_cache(self.model)
         ids, mask, positions = batch.ids, batch.mask, batch.positions
         for step in range(sampling.max_new_tokens):
-            with self._on_rows(torch.as_tensor(rows)[active]), grouped_attention(self.model):
+            with self._on_rows(torch.as_tensor(rows)[active]), grouped_attention():
                 hidden = self.model.base_model(
                     input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
                 ).last_hidden_state[:, -1]

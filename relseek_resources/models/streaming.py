@@ -29,7 +29,7 @@ def stream_tokens(model: SteeredModel, prompt: Sequence[int], sampling: Sampling
     chances = torch.from_numpy(uniforms([seed], sampling.max_new_tokens)).to(model.device)
     ids = torch.tensor([list(prompt)], device=model.device)
     for step in range(sampling.max_new_tokens):
-        with grouped_attention(model.model):
+        with grouped_attention():
             hidden = model.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
         logits = model.logits(hidden)
         if not torch.isfinite(logits).all():

@@ -198,7 +198,7 @@ class RunningBatch:
         longest = max(self.rows.lengths)
         mask = torch.arange(longest + 1, device=device) >= (longest - lengths).unsqueeze(-1)
         ids = torch.tensor(tokens, device=device).unsqueeze(-1)
-        with grouped_attention(self.model.model):
+        with grouped_attention():
             hidden = self._hidden(self.steering, ids, mask, lengths.unsqueeze(-1), self.rows)[:, -1]
         self.rows.stepped()
         return self.model.logits(hidden)

@@ -356,9 +356,12 @@ def _check_words(text: str, special: frozenset[str]) -> None:
 
 def _as_words(turn: Message, special: frozenset[str]) -> Message:
     """A turn of a conversation as the model is shown it again: a sign that it spelled itself is parted by a space, lest it bound a turn now."""
-    words = CONTROL.sub(lambda found: _parted(found.group()), turn["content"])
-    for one in special:
-        words = words.replace(one, _parted(one))
+    words = turn["content"]
+    while found := CONTROL.search(words):  # one at a time: a sign may hold another
+        words = words[: found.start() + 1] + " " + words[found.start() + 1 :]
+    for one in sorted(special, key=len, reverse=True):
+        while one in words and one not in _parted(one):  # a sign of one character has no middle
+            words = words.replace(one, _parted(one))
     return {**turn, "content": words}
 
 

@@ -37,7 +37,7 @@ from relseek_resources.serving.trial_arms import (
     read_allocation,
     write_once,
 )
-from relseek_resources.serving.trial_chat import Ask, Full, Said, ServerSpeaker, Trial
+from relseek_resources.serving.trial_chat import CONTROL, Ask, Full, Said, ServerSpeaker, Trial, _as_words
 from relseek_resources.serving.trial_log import TurnLog, read_turns
 from relseek_resources.storage import StorageError
 
@@ -303,6 +303,14 @@ def test_a_message_cannot_be_more_than_its_participants_words(trial, sign):
     assert [answer.status_code for answer in answers] == [400, 400]
     assert all("does not read as text" in answer.json()["error"]["message"] and sign[:9] in answer.text for answer in answers)
     assert not trial.speaker.asked and read_turns(trial.log.file).empty
+
+
+@given(st.lists(st.sampled_from(["<", "|", ">", "/", "s", "[", "]", "INST", "<|", "|>", "[/INST]", "</s>", "<own>", "aa", "a", " "]), max_size=12))
+def test_no_sign_survives_inside_another(parts: list[str]) -> None:
+    special = frozenset({"<own>", "aa"})
+    words = _as_words({"role": "assistant", "content": "".join(parts)}, special)["content"]
+    assert not CONTROL.search(words) and not any(one in words for one in special)
+    assert words.replace(" ", "") == "".join(parts).replace(" ", "")
 
 
 @pytest.mark.parametrize("sign", ["<|im_end|>", "[/INST]", "<own>"])
